@@ -1,0 +1,3 @@
+from sftcli.cli import app
+
+app()

@@ -1,0 +1,225 @@
+"""Files in and out: JSONL lines, atomic writes, fingerprints, and the names in a run folder."""
+
+import gzip
+import hashlib
+import io
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import msgspec
+
+from sftcli.errors import CheckpointError, DataError, Exit, SftError, UsageError
+
+ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; the next stage refuses it
+MAX_LINE_BYTES = 8 * 1024 * 1024
+CHUNK = 1 << 20
+
+TOKENS, ROWS, RECIPE, RUN = "tokens.jsonl", "rows.safetensors", "recipe.yaml", "run.json"
+BASE, MODEL, CHECKPOINTS = "base", "model", "checkpoints"
+METRICS, SAMPLES, COMPLETIONS, EVALUATION = "metrics.jsonl", "samples.jsonl", "completions.jsonl", "evaluation.json"
+
+
+# ---- reading
+
+
+@contextmanager
+def open_input(path: str) -> Iterator[BinaryIO]:
+    """Open a file, or stdin for `-`; .gz and .zst are recognised by content and streamed."""
+    try:
+        raw: BinaryIO = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)  # type: ignore[arg-type]
+    try:
+        magic = buffered.peek(4)[:4]  # type: ignore[attr-defined]
+        if magic[:2] == b"\x1f\x8b":
+            yield gzip.open(buffered)  # type: ignore[misc]
+        elif magic == b"\x28\xb5\x2f\xfd":
+            yield _zstd_reader(buffered)
+        else:
+            yield buffered
+    except IsADirectoryError:
+        raise UsageError(f"cannot read {path}: it is a folder") from None
+    finally:
+        if path != "-":
+            raw.close()
+
+
+def _zstd_reader(raw: BinaryIO) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise UsageError("reading .zst needs zstandard", hint="pip install 'sftcli[zstd]'") from None
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line without its end) of every line that is not blank; cut at 0x0A bytes only."""
+    with open_input(path) as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", f"{name_of(path)}:{number}")
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    line = line[3:]
+                if line.strip():
+                    yield number, line.rstrip(b"\r\n")
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise DataError(f"damaged compressed file: {error}", f"{name_of(path)}:{number + 1}") from None
+
+
+def name_of(path: str) -> str:
+    return "<stdin>" if path == "-" else path
+
+
+def decode_json(line: bytes, where: str, kind: Any = Any) -> Any:
+    """Decode one JSON line into `kind`. Raises DataError with file:line and the JSON path."""
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except msgspec.ValidationError as error:
+        reason, _, field = str(error).partition(" - at `")
+        raise DataError(reason, where, field.rstrip("`") or None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"not JSON: {error}", where) from None
+    except RecursionError:
+        raise DataError("not JSON: nested too deeply", where) from None
+
+
+class PreviousStageFailed(DataError):
+    """The input ends with the error line of the stage that wrote it."""
+
+
+def line_fields(line: bytes, where: str) -> dict[str, msgspec.Raw]:
+    """The fields of one JSON line, undecoded. Raises DataError; PreviousStageFailed for another stage's error line."""
+    fields: dict[str, msgspec.Raw] = decode_json(line, where, dict[str, msgspec.Raw])
+    if ERROR_FIELD in fields:
+        told = decode_json(bytes(fields[ERROR_FIELD]), where)
+        message = told.get("message", "") if isinstance(told, dict) else told
+        raise PreviousStageFailed(f"the stage before this one failed: {message}", where)
+    return fields
+
+
+def read_objects(path: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw]]]:
+    """Yield (file:line, the line, its fields undecoded) of a JSONL file."""
+    for number, line in read_lines(path):
+        where = f"{name_of(path)}:{number}"
+        yield where, line, line_fields(line, where)
+
+
+def read_json(path: Path) -> Any:
+    """Read a small JSON file of a model or run folder. Raises CheckpointError naming it."""
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+# ---- writing
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is complete and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def cannot_write(path: str | Path, error: OSError) -> SftError:
+    return SftError(f"cannot write {path}: {error.strerror}", Exit.WRITE)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+@contextmanager
+def open_output(path: str | None) -> Iterator[IO[bytes]]:
+    """stdout for None or `-`, else an atomic file. A failing stage ends stdout with its error line."""
+    if path not in (None, "-"):
+        with atomic_file(str(path)) as file:
+            yield file
+        return
+    out = sys.stdout.buffer
+    try:
+        yield out
+        out.flush()
+    except BrokenPipeError:
+        raise
+    except SftError as error:
+        with suppress(OSError):
+            out.write(json_line({ERROR_FIELD: {"code": int(error.code), "message": str(error)}}))
+            out.flush()
+        raise
+    except OSError as error:
+        raise cannot_write("standard output", error) from None
+
+
+def json_line(value: Any) -> bytes:
+    return msgspec.json.encode(value) + b"\n"
+
+
+def make_folder(path: str | Path, belongs: Iterable[str]) -> Path:
+    """Create an output folder, or accept one that is empty or already ours (it holds one of the names `belongs`)."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    if names and not names & set(belongs):
+        raise UsageError(
+            f"{folder} holds something else ({', '.join(sorted(names)[:3])})",
+            hint="choose another -o, or empty that folder yourself",
+        )
+    return folder
+
+
+# ---- identity
+
+
+def fingerprint(*parts: bytes | str) -> str:
+    """12 hex digits that name a content: sha256 of the parts, each with its length before it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:12]
+
+
+def file_fingerprint(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()[:12]
+
+
+def model_folder(path: str) -> Path:
+    """The model folder that `-m` names: itself, a run's model/, or a run's base/ while it has no model yet."""
+    for folder in (Path(path), Path(path, MODEL), Path(path, BASE)):
+        if (folder / "config.json").is_file():
+            return folder
+    if not Path(path).exists():
+        raise CheckpointError(f"no model at {path}", hint="`sft init DATA -o base` makes one from nothing")
+    raise CheckpointError(f"{path} is neither a model folder (no config.json) nor a run")

@@ -1,0 +1,133 @@
+"""Everything a person sees: notes and progress on stderr, tables, coloured masks. Nothing here writes to stdout."""
+
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+QUIET = False  # set once by the command line's --quiet
+
+
+def safe(text: str) -> str:
+    """Text from data made harmless for a terminal: control, bidi and zero-width characters become visible escapes."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_visible(c) for c in text)
+
+
+def _visible(c: str) -> str:
+    if c == "\n":
+        return "⏎\n"
+    if c == "\t" or c.isprintable():
+        return c
+    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if unicodedata.category(c) != "Zs" else " "
+
+
+def console() -> "Console":
+    """A rich console on stderr (imported late: rich costs 70 ms)."""
+    from rich.console import Console
+
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return Console(stderr=True, highlight=False, no_color=plain or None, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One plain line of talk on stderr."""
+    if not QUIET:
+        print(safe(text), file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One line on stderr that stands out."""
+    label = "\x1b[1;33mwarning:\x1b[0m" if coloured() else "warning:"
+    print(f"{label} {safe(text)}", file=sys.stderr, flush=True)
+
+
+def fail(text: str, hint: str | None) -> None:
+    """The last line of a failing command, and what to do about it."""
+    label, second = ("\x1b[1;31merror:\x1b[0m", "\x1b[1;36mhint:\x1b[0m") if coloured() else ("error:", "hint:")
+    print(f"{label} {safe(text)}" + (f"; {second} {safe(hint)}" if hint else ""), file=sys.stderr, flush=True)
+
+
+def coloured() -> bool:
+    """Colour only where a person looks: a terminal, and not against NO_COLOR or TERM=dumb."""
+    return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15', 4000 -> '1:06:40'."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class Live:
+    """One line that is rewritten in place on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, every: float = 10.0):
+        self.terminal = sys.stderr.isatty() and not QUIET and os.environ.get("TERM") != "dumb"
+        self.every, self.shown = every, time.monotonic()
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if self.terminal and now - self.shown > 0.1:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write("\r\x1b[2K" + safe(text)[: width - 1])
+        elif not self.terminal and now - self.shown > self.every:
+            note(text)
+        else:
+            return
+        sys.stderr.flush()
+        self.shown = now
+
+    def clear(self) -> None:
+        if self.terminal:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+@contextmanager
+def live(every: float = 10.0) -> Iterator[Live]:
+    line = Live(every)
+    try:
+        yield line
+    finally:
+        line.clear()
+
+
+class Counter:
+    """Progress of a filter whose total is unknown: a live line `tokenize 12,000 rows  8,000 rows/s`."""
+
+    def __init__(self, line: Live, verb: str):
+        self.line, self.verb, self.count, self.start = line, verb, 0, time.monotonic()
+
+    def add(self, rows: int) -> None:
+        self.count += rows
+        rate = self.count / max(time.monotonic() - self.start, 1e-9)
+        self.line.show(f"{self.verb} {self.count:,} rows  {rate:,.0f} rows/s")
+
+
+def print_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table of data on stderr: right-aligned numbers, no markup taken from data."""
+    lines = [[safe(str(cell)).replace("\n", "") for cell in row] for row in rows]
+    head = list(header)
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    for line in [head, *lines]:
+        note("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def styled(pieces: Iterable[tuple[str, str]]) -> "Text":
+    """(text from data, style) pieces as a rich Text that cannot carry markup or escapes."""
+    from rich.text import Text
+
+    text = Text()
+    for piece, style in pieces:
+        text.append(safe(piece), style=style)
+    return text

@@ -1,0 +1,51 @@
+"""The one error that reaches a user: a line, a hint, an exit code."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes, documented in the README."""
+
+    FAILURE = 1
+    USAGE = 2
+    DATA = 3
+    DIVERGED = 4
+    CHECKPOINT = 5
+    WRITE = 6
+    MEMORY = 7
+
+
+class SftError(Exception):
+    """Anything a user can act on. `str(error)` is one line; `hint` says what to do next."""
+
+    def __init__(self, message: str, code: Exit = Exit.FAILURE, hint: str | None = None):
+        super().__init__(" ".join(message.split()))
+        self.code = code
+        self.hint = hint
+
+
+class DataError(SftError):
+    """A bad line of input: `where` is file:line, `field` a JSON path."""
+
+    def __init__(self, reason: str, where: str | None = None, field: str | None = None, hint: str | None = None):
+        at = f" at {field}" if field else ""
+        super().__init__(f"{where + ': ' if where else ''}{reason}{at}", Exit.DATA, hint)
+        self.reason, self.where, self.field = reason, where, field
+
+    def located(self, where: str) -> "DataError":
+        """The same error, said of a file and line (kept if it already has one)."""
+        return self if self.where else DataError(self.reason, where, self.field, self.hint)
+
+
+class UsageError(SftError):
+    """A flag, a recipe or artifacts that do not fit together."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message, Exit.USAGE, hint)
+
+
+class CheckpointError(SftError):
+    """A model folder, a checkpoint or an adapter that cannot or will not be loaded."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message, Exit.CHECKPOINT, hint)

@@ -1,0 +1,139 @@
+"""Rows -> steps -> padding-free batches. The one place in this project that shifts labels.
+
+    rows       4 5 6 | 7 8          ids       7 8 4 5 6      (rows of one length side by side)
+    labels     - 5 6 | - 8          positions 0 1 0 1 2
+                                    targets   8 - 5 6 -      (label t is scored at t - 1: the shift)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from sftcli.model.attention import Group, RowAttention, Tokens, visible
+from sftcli.rows import IGNORE, Row
+
+
+@dataclass
+class Batch:
+    """Rows laid end to end: T tokens, of which N are scored."""
+
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,)
+    attention: RowAttention
+    scored: Tensor  # (N,) where in T a prediction is scored
+    targets: Tensor  # (N,) the id to predict there
+    weights: Tensor  # (N,) float32
+    rows: list[Row]  # in the batch's order
+    scored_per_row: list[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; copies do not wait for it."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        for group in self.attention.groups:
+            group.seen = None if group.seen is None else move(group.seen)
+        self.ids, self.positions, self.scored = move(self.ids), move(self.positions), move(self.scored)
+        self.targets, self.weights = move(self.targets), move(self.weights)
+        return self
+
+
+def make_batch(rows: Sequence[Row]) -> Batch:
+    """One padding-free batch. Rows are put in order of length, so that equal lengths share a kernel call."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    ids: list[int] = []
+    positions: list[int] = []
+    scored: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    counts: list[int] = []
+    for row in ordered:
+        base = len(ids)
+        before = len(scored)
+        for at, target, weight in aligned(row):
+            scored.append(base + at)
+            targets.append(target)
+            weights.append(weight)
+        counts.append(len(scored) - before)
+        ids += row.input_ids
+        positions += row.position_ids or range(len(row.input_ids))
+    return Batch(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        attention=RowAttention(groups_of(ordered)),
+        scored=torch.tensor(scored, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        rows=ordered,
+        scored_per_row=counts,
+    )
+
+
+def aligned(row: Row) -> Iterator[tuple[int, int, float]]:
+    """(position, id to predict there, weight) of every scored position; `align: next` is shifted here and only here."""
+    shift = 1 if row.align == "next" else 0
+    weight = row.loss_weight
+    for t in range(shift, len(row.labels)):
+        if row.labels[t] != IGNORE:
+            yield t - shift, row.labels[t], 1.0 if weight is None else weight[t]
+
+
+def weight_of(rows: Sequence[Row]) -> float:
+    """The sum of the weights of all scored positions: what a step divides by."""
+    return sum(weight for row in rows for _, _, weight in aligned(row))
+
+
+def groups_of(rows: Sequence[Row]) -> list[Group]:
+    """Rows in order of length -> attention groups; a row with an order of its own needs the general rule."""
+    groups = []
+    for length, same in groupby(rows, key=lambda row: len(row.input_ids)):
+        members = list(same)
+        seen = None
+        if any(row.order is not None for row in members):
+            index = torch.arange(length).expand(len(members), length)
+            order = torch.stack([torch.tensor(row.order or range(length)) for row in members])
+            tokens = Tokens(torch.zeros_like(index), order, index)
+            seen = visible(tokens, tokens)[:, None]  # (rows, 1, length, length)
+        groups.append(Group(len(members), length, seen))
+    return groups
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: a pure function of (seed, epoch)."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def steps_of(
+    order: Sequence[int], lengths: Sequence[int], batch_tokens: int, batch_rows: int | None
+) -> Iterator[list[int]]:
+    """Cut an epoch's order into optimizer steps: the next rows that fit, at least one."""
+    step: list[int] = []
+    tokens = 0
+    for i in order:
+        full = len(step) >= batch_rows if batch_rows else tokens + lengths[i] > batch_tokens
+        if step and full:
+            yield step
+            step, tokens = [], 0
+        step.append(i)
+        tokens += lengths[i]
+    if step:
+        yield step
+
+
+def micro_batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+    """The rows of one step in forwards of at most `limit` tokens (a longer row alone); similar lengths together."""
+    part: list[Row] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: len(row.input_ids)):
+        if part and tokens + len(row.input_ids) > limit:
+            yield part
+            part, tokens = [], 0
+        part.append(row)
+        tokens += len(row.input_ids)
+    if part:
+        yield part

@@ -1,0 +1,279 @@
+"""Batched decoding: a table of columns, a key/value cache beside it, rows that leave and rows that take their places.
+
+    left    . . 7 8 | 5      right    7 8 . . | 5      mask    0 0 1 1 | 1
+            1 3 6 2 | 9               1 3 6 2 | 9              1 1 1 1 | 1
+
+Every step appends one column for all rows. Positions come from the mask (cumsum - 1), so where pads lie changes
+nothing but the table; pad columns stay masked for ever.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sftcli.model.attention import RowAttention, attend
+from sftcli.model.batches import Group
+from sftcli.model.gpt import GPT
+from sftcli.model.sampling import choose, repetition_penalised, stream
+from sftcli.recipe import Generate
+
+SPARE_COLUMNS = 64  # columns that the cache grows by
+
+
+@dataclass
+class Prompt:
+    """A row to complete. `key` names its random stream: its id, or its line number."""
+
+    ids: list[int]
+    key: str
+    sample: int = 0
+
+
+@dataclass
+class Completion:
+    """What was generated for the prompt with this number; the stop token that ended it is not included."""
+
+    number: int
+    ids: list[int]
+    finish_reason: str  # stop | length
+    context_full: bool = False  # length, because the model's context is full
+
+
+@dataclass
+class _Slot:
+    """A row that is being generated."""
+
+    number: int
+    prompt: Prompt
+    limit: int  # tokens it may generate
+    generator: torch.Generator
+    made: list[int] = field(default_factory=list)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions (B, K) of a 0/1 mask: max(cumsum - 1, 0). Right pads repeat the last real position."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def padded(rows: Sequence[Sequence[int]], side: str, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """ids and 0/1 mask (B, K) of rows padded on one side to the longest."""
+    width = max(map(len, rows))
+    left = [(width - len(row) if side == "left" else 0) for row in rows]
+    ids = [[pad] * before + list(row) + [pad] * (width - before - len(row)) for before, row in zip(left, rows, strict=True)]
+    mask = [[0] * before + [1] * len(row) + [0] * (width - before - len(row)) for before, row in zip(left, rows, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+class Table:
+    """The columns of a decoding batch: which are real (mask) and the keys and values of each layer.
+
+    mask (B, capacity); keys, values: a list over layers of (B, G, capacity, D). Columns 0..width-1 are in use.
+    """
+
+    def __init__(self, model: GPT, side: str):
+        self.model, self.side = model, side
+        self.width = 0
+        config = model.config
+        shape = (0, config.kv_heads, 0, config.head_dim)
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)
+        self.keys = [torch.zeros(shape, device=model.device) for _ in range(config.layers)]
+        self.values = [torch.zeros(shape, device=model.device) for _ in range(config.layers)]
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Let the other rows leave; columns that are then empty for all go with them."""
+        at = torch.tensor(slots, dtype=torch.long, device=self.mask.device)
+        mask = self.mask[at, : self.width]
+        used = mask.any(0).nonzero()
+        first = int(used[0]) if len(used) else self.width
+        self.mask = mask[:, first:]
+        self.keys = [k[at, :, first : self.width] for k in self.keys]
+        self.values = [v[at, :, first : self.width] for v in self.values]
+        self.width -= first
+
+    def add(self, lengths: Sequence[int], keys: list[Tensor], values: list[Tensor]) -> None:
+        """Rows enter: keys and values of their prompts (T, G, D) a layer, laid end to end in the order of `lengths`.
+
+        They end at the last column in use (left), or begin at the first (right); the table widens if it must.
+        """
+        width = max(self.width, *lengths)
+        old, new = len(self), len(lengths)
+        shift = width - self.width if self.side == "left" else 0  # present rows keep their last column
+        mask = self.mask.new_zeros(old + new, width + SPARE_COLUMNS)
+        mask[:old, shift : shift + self.width] = self.mask[:, : self.width]
+        starts = [width - length if self.side == "left" else 0 for length in lengths]
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            mask[old + i, start : start + length] = True
+        for present, entering in ((self.keys, keys), (self.values, values)):
+            for layer, (now, flat) in enumerate(zip(present, entering, strict=True)):
+                _, heads, _, size = now.shape
+                wider = flat.new_zeros(old + new, heads, width + SPARE_COLUMNS, size)
+                wider[:old, :, shift : shift + self.width] = now[:, :, : self.width]
+                for i, piece in enumerate(flat.split(list(lengths))):  # (length, G, D)
+                    wider[old + i, :, starts[i] : starts[i] + lengths[i]] = piece.transpose(0, 1)
+                present[layer] = wider
+        self.mask, self.width = mask, width
+
+    def open_column(self) -> Tensor:
+        """Append a column that is real for every row; returns the position (B,) of its tokens."""
+        if self.width == self.mask.shape[1]:
+            self.mask = F.pad(self.mask, (0, SPARE_COLUMNS))
+            self.keys = [F.pad(k, (0, 0, 0, SPARE_COLUMNS)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, SPARE_COLUMNS)) for v in self.values]
+        self.mask[:, self.width] = True
+        self.width += 1
+        return positions_of(self.mask[:, : self.width])[:, -1]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the newest column: q (B, H, D), k and v (B, G, D) -> (B, H, D).
+
+        Every real column of the row is seen (its order is at most the query's); pads are another row.
+        """
+        self.keys[layer][:, :, self.width - 1] = k
+        self.values[layer][:, :, self.width - 1] = v
+        keys, values = self.keys[layer][:, :, : self.width], self.values[layer][:, :, : self.width]
+        seen = self.mask[:, None, None, : self.width]
+        return attend(q[:, :, None], keys, values, seen)[:, :, 0]
+
+
+class _Prefill(RowAttention):
+    """Attention over prompts laid end to end that keeps their keys and values for the table."""
+
+    def __init__(self, groups: list[Group]):
+        super().__init__(groups)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys.append(k)
+        self.values.append(v)
+        return super().__call__(layer, q, k, v)
+
+
+def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]], apart: bool = False) -> Tensor:
+    """Encode prompts without padding and let them enter the table; returns the logits (B, V) of their last tokens.
+
+    `apart`: one forward a prompt, so that the bits of a row do not depend on its neighbours.
+    """
+    parts = [[prompt] for prompt in prompts] if apart else [list(prompts)] if prompts else []
+    last = []
+    for part in parts:
+        lengths = [len(prompt) for prompt in part]
+        attention = _Prefill([Group(1, length) for length in lengths])
+        ids = torch.tensor([token for prompt in part for token in prompt], device=model.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+        hidden = model.hidden(ids, positions, attention)
+        table.add(lengths, attention.keys, attention.values)
+        ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+        last.append(model.logits(hidden[ends]))
+    return torch.cat(last)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, prompts: Iterable[Prompt], options: Generate, stops: Sequence[int], text_stops: "TextStops | None" = None
+) -> Iterator[Completion]:
+    """Complete prompts; yields each as it finishes, in any order, numbered by its place in `prompts`.
+
+    Rows of the batch that finish leave it and waiting rows enter. A row ends at a stop id or a stop text, after
+    max_new_tokens, or when the model's context is full. With `deterministic` every product has one row in decoding and
+    one prompt in prefill: the bits of a row never depend on the others.
+    """
+    model.eval()
+    waiting = enumerate(prompts)
+    size = 1 if options.deterministic else options.batch_size
+    table, slots = Table(model, options.pad_side), list[_Slot]()
+    logits = torch.empty(0, model.config.vocab_size, device=model.device)
+    more = True  # prompts are waiting, as far as we know
+    while more or slots:
+        if more and len(slots) < size:
+            entering, done = _entering(waiting, size - len(slots), model.config.context, options)
+            more = len(slots) + len(entering) == size
+            yield from done
+            if entering:
+                first = prefill(model, table, [slot.prompt.ids for slot in entering], options.deterministic)
+                logits = torch.cat([logits, first])
+                slots += entering
+        if not slots:
+            continue
+        chosen = _choose(logits, slots, options)
+        staying = []
+        for i, (slot, token) in enumerate(zip(slots, chosen, strict=True)):
+            finished = _advance(slot, token, stops, text_stops, model.config.context)
+            if finished:
+                yield finished
+            else:
+                staying.append(i)
+        if len(staying) < len(slots):
+            table.keep(staying)
+            slots = [slots[i] for i in staying]
+            chosen = [chosen[i] for i in staying]
+        if slots:
+            positions = table.open_column()
+            ids = torch.tensor(chosen, device=model.device)
+            logits = model.logits(model.hidden(ids, positions, table))
+        else:
+            logits = logits[:0]
+
+
+def _entering(
+    waiting: Iterator[tuple[int, Prompt]], count: int, context: int, options: Generate
+) -> tuple[list[_Slot], list[Completion]]:
+    """The next rows to enter; prompts that leave no room in the context are finished at once."""
+    entering: list[_Slot] = []
+    done: list[Completion] = []
+    while len(entering) < count:
+        following = next(waiting, None)
+        if following is None:
+            break
+        number, prompt = following
+        if len(prompt.ids) >= context:
+            done.append(Completion(number, [], "length", context_full=True))
+            continue
+        limit = min(options.max_new_tokens, context - len(prompt.ids))
+        entering.append(_Slot(number, prompt, limit, stream(options.seed, prompt.key, prompt.sample)))
+    return entering, done
+
+
+def _choose(logits: Tensor, slots: list[_Slot], options: Generate) -> list[int]:
+    if options.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for i, slot in enumerate(slots):
+            seen[i, torch.tensor(slot.prompt.ids + slot.made, device=logits.device)] = True
+        logits = repetition_penalised(logits, seen, options.repetition_penalty)
+    return choose(logits, options, [slot.generator for slot in slots]).tolist()
+
+
+TextStops = Callable[[list[int]], int | None]  # generated ids -> how many of them to keep, once a stop text is there
+
+
+def _advance(
+    slot: _Slot, token: int, stops: Sequence[int], text_stops: TextStops | None, context: int
+) -> Completion | None:
+    """Take a row's next token; its completion if that ends it."""
+    if token in stops:
+        return Completion(slot.number, slot.made, "stop")
+    slot.made.append(token)
+    if text_stops and (kept := text_stops(slot.made)) is not None:
+        return Completion(slot.number, slot.made[:kept], "stop")
+    if len(slot.made) >= slot.limit:
+        full = len(slot.prompt.ids) + len(slot.made) >= context
+        return Completion(slot.number, slot.made, "length", context_full=full)
+    return None
+
+
+def in_order(completions: Iterable[Completion]) -> Iterator[Completion]:
+    """Completions by number, each as soon as all before it are there."""
+    held: dict[int, Completion] = {}
+    following = 0
+    for completion in completions:
+        held[completion.number] = completion
+        while following in held:
+            yield held.pop(following)
+            following += 1
+

@@ -1,0 +1,94 @@
+"""Optimisers over the right parameters, and the learning rate over the run."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from sftcli import recipe
+from sftcli.model.gpt import GPT
+
+LR_FROM_NOTHING, LR_PRETRAINED = 1e-3, 2e-5
+
+
+def build(model: GPT, options: recipe.AdamW | recipe.Muon, lr: float) -> list[Optimizer]:
+    """The optimisers of a run. Weight decay acts on matrices, never on norms and biases.
+
+    Muon takes the matrices of the blocks (its update rescaled to AdamW's size, arXiv 2502.16982, so that one lr serves
+    both); embeddings, head, norms and biases stay with AdamW.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon: list[nn.Parameter] = []
+    if isinstance(options, recipe.Muon):
+        muon = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
+    taken = {id(p) for p in muon}
+    rest = [p for _, p in trained if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    found: list[Optimizer] = []
+    if groups:
+        found.append(AdamW(groups, lr=lr, betas=options.betas, eps=options.eps, fused=True))
+    if muon:
+        assert isinstance(options, recipe.Muon)
+        found.append(
+            Muon(
+                muon,
+                lr=lr,
+                momentum=options.momentum,
+                weight_decay=options.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return found
+
+
+def lr_share(step: int, steps: int, schedule: recipe.Schedule) -> float:
+    """The share of the peak learning rate at `step` (from 0) of `steps`.
+
+    Warm-up is a share of the run, clamped so that at least one step runs at the peak; a run of any length reaches it.
+    """
+    warmup = min(math.ceil(schedule.warmup * steps), steps - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / (steps - warmup)  # 0 .. < 1
+    if schedule.kind == "linear":
+        shape = 1 - progress
+    elif schedule.kind == "cosine":
+        shape = 0.5 + 0.5 * math.cos(math.pi * progress)
+    elif schedule.kind == "wsd":
+        decay = max(1, min(round(schedule.decay * steps), steps - warmup))
+        shape = min(1.0, (steps - step) / (decay + 1))
+    else:
+        return 1.0
+    return schedule.floor + (1 - schedule.floor) * shape
+
+
+def set_lr(optimizers: list[Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def state_tensors(model: GPT, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
+    """Optimizer state as named tensors: `<parameter>/<key>`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_state_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `state_tensors` took."""
+    parameters = dict(model.named_parameters())
+    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        p = parameters[parameter]
+        owner[id(p)].state[p][key] = value if value.ndim == 0 else value.to(p.device)

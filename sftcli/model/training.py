@@ -1,0 +1,183 @@
+"""The loop: a generator of reports. Everything around it - logs, evaluation, checkpoints - is a `for` in the stage."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from collections.abc import Iterator
+
+import torch
+from torch.optim import Optimizer
+
+from sftcli.errors import Exit, SftError
+from sftcli.model.batches import make_batch, micro_batches, shuffled, steps_of, weight_of
+from sftcli.model.gpt import GPT
+from sftcli.model.optim import lr_share, set_lr
+from sftcli.recipe import Train
+from sftcli.rows import Row
+
+
+@dataclass(frozen=True)
+class Report:
+    """One optimizer step. `loss` is per unit of weight; `tokens` are real ones (there is no padding)."""
+
+    step: int  # from 1
+    epoch: float  # share of the data seen, in epochs
+    loss: float
+    tokens: int
+    trained: int
+    lr: float
+    grad_norm: float
+    seconds: float
+    accuracy: float
+    entropy: float
+
+
+class Plan:
+    """Which rows make which step: a pure function of the rows' lengths, the options and the seed."""
+
+    def __init__(self, lengths: Sequence[int], options: Train):
+        self.lengths, self.options = lengths, options
+        self._epoch = lru_cache(maxsize=2)(self._steps_of_epoch)
+        self.steps = options.max_steps or self._count()
+
+    def _steps_of_epoch(self, epoch: int) -> list[list[int]]:
+        order = shuffled(len(self.lengths), self.options.seed, epoch)
+        return list(steps_of(order, self.lengths, self.options.batch_tokens, self.options.batch_rows))
+
+    def _count(self) -> int:
+        whole, part = divmod(self.options.epochs, 1)
+        count = sum(len(self._epoch(epoch)) for epoch in range(int(whole)))
+        return count + math.ceil(part * len(self._epoch(int(whole)))) if part else count
+
+    def from_step(self, step: int) -> Iterator[tuple[list[int], float, bool]]:
+        """(rows, epochs seen after it, whether it ends an epoch) of every step after the first `step`."""
+        done = epoch = 0
+        while done < self.steps:
+            steps = self._epoch(epoch)
+            for i, rows in enumerate(steps[: self.steps - done]):
+                if done + i >= step:
+                    yield rows, epoch + (i + 1) / len(steps), i + 1 == len(steps)
+            done += len(steps)
+            epoch += 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a step runs with."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def choose_engine(device: str, dtype: str) -> Engine:
+    """The device and dtype that `auto` means here: bfloat16 only where the device computes in it."""
+    found = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        fast = found.type == "cuda" and torch.cuda.is_bf16_supported()
+        return Engine(found, torch.bfloat16 if fast else torch.float32)
+    return Engine(found, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+
+def train_steps(
+    model: GPT,
+    optimizers: list[Optimizer],
+    row: Callable[[int], Row],
+    plan: Plan,
+    options: Train,
+    engine: Engine,
+    peak_lr: float,
+    start: int = 0,
+) -> Iterator[tuple[Report, bool]]:
+    """Yield (report, epoch ended) after every optimizer step, from step `start` on.
+
+    The loss of a step is the sum over all its micro-batches divided once by the weight of the whole step, so that the
+    size of a micro-batch changes nothing. Raises SftError (exit 4) before a non-finite gradient reaches the weights.
+    """
+    model.set_dropout(options.dropout)
+    for number, (indices, epoch, ends) in enumerate(plan.from_step(start), start):
+        begin = time.monotonic()
+        rows = [row(i) for i in indices]
+        lr = peak_lr * lr_share(number, plan.steps, options.schedule)
+        model.train()
+        if options.dropout:
+            torch.manual_seed((options.seed << 32) + number)  # dropout too is a function of (seed, step)
+        sums = accumulate(model, rows, options.micro_batch_tokens, engine)
+        norm = clip(model, options.clip_norm)
+        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+            raise diverged(number + 1, rows, sums.loss, norm)
+        if sums.weight:  # a step of weight 0 trains nothing
+            set_lr(optimizers, lr)
+            for optimizer in optimizers:
+                optimizer.step()
+        model.zero_grad(set_to_none=True)
+        yield sums.report(number + 1, epoch, lr, norm, time.monotonic() - begin), ends
+
+
+@dataclass
+class StepSums:
+    """What the micro-batches of a step add up to; `loss` is already divided by the weight."""
+
+    loss: float
+    weight: float
+    tokens: int
+    trained: int
+    correct: float
+    entropy: float
+
+    def report(self, step: int, epoch: float, lr: float, norm: float, seconds: float) -> Report:
+        scored = max(self.trained, 1)
+        return Report(
+            step=step,
+            epoch=epoch,
+            loss=self.loss,
+            tokens=self.tokens,
+            trained=self.trained,
+            lr=lr,
+            grad_norm=norm,
+            seconds=seconds,
+            accuracy=self.correct / scored,
+            entropy=self.entropy / scored,
+        )
+
+
+def accumulate(model: GPT, rows: Sequence[Row], micro_batch_tokens: int, engine: Engine) -> StepSums:
+    """Gradients of the mean loss of `rows` (over their weight), in forwards of at most `micro_batch_tokens`."""
+    weight = weight_of(rows)
+    logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy: read once, at the end
+    tokens = trained = 0
+    for part in micro_batches(rows, micro_batch_tokens):
+        batch = make_batch(part).to(engine.device)
+        with engine.autocast():
+            losses = model(batch)
+        loss = torch.stack([found.total for found in losses.values()]).sum() / max(weight, 1e-30)
+        loss.backward()
+        correct = torch.stack([found.correct.sum() for found in losses.values()]).sum()
+        entropy = torch.stack([found.entropy.sum() for found in losses.values()]).sum()
+        logged += torch.stack([loss.detach(), correct, entropy])
+        tokens += len(batch.ids)
+        trained += len(batch.scored)
+    total, right, spread = logged.tolist()
+    return StepSums(total, weight, tokens, trained, right, spread)
+
+
+def clip(model: GPT, limit: float) -> float:
+    """The norm of all gradients before they are clipped to `limit` (0: not clipped)."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit:
+        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], limit, norm)
+    return float(norm)
+
+
+def diverged(step: int, rows: Sequence[Row], loss: float, norm: float) -> SftError:
+    names = ", ".join(row.id for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return SftError(
+        f"step {step}: loss {loss}, gradient norm {norm}: not finite; the weights were not touched; rows {names}",
+        Exit.DIVERGED,
+        hint="a lower learning rate, or look at these rows with `sft show`",
+    )

@@ -1,0 +1,352 @@
+"""The options of everything, as small classes: one section a stage. Checked in a blink, without torch."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sftcli.errors import UsageError
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_DEPTH = 64
+
+
+class Options(BaseModel):
+    """A section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False)
+
+
+def _listed(value: Any) -> Any:
+    """`data: a.jsonl` means `data: [a.jsonl]`."""
+    return [value] if isinstance(value, str) else value
+
+
+def _columns(value: Any) -> Any:
+    """`prompt=question,completion=answer` means {prompt: question, completion: answer}."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    if any(not name or not column for name, _, column in pairs):
+        raise ValueError("expected prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def _kind(value: Any) -> Any:
+    """`schedule: cosine` means `schedule: {kind: cosine}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Files = Annotated[list[str], BeforeValidator(_listed)]
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Init(Options):
+    """A tokenizer and an empty GPT, from data."""
+
+    data: Files = []
+    preset: Literal["llama", "gpt2"] = "llama"
+    tokenizer: Literal["bpe", "whitespace"] = "bpe"
+    vocab_size: Positive = 1024
+    template: str = "chatml"
+    template_text: str | None = None
+    columns: Columns = {}
+    layers: Positive = 6
+    heads: Positive = 6
+    kv_heads: Positive | None = None  # None: as many as heads
+    width: Positive = 192
+    mlp_width: Positive | None = None  # None: 8/3 of the width (llama), 4 times the width (gpt2)
+    context: Positive = 512
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    tied: bool = True  # one matrix for embedding and head
+
+    @model_validator(mode="after")
+    def shape_fits(self) -> "Init":
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must be heads {self.heads} times an even number")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        if self.preset == "gpt2" and self.kv_heads not in (None, self.heads):
+            raise ValueError("gpt2 has as many kv_heads as heads")
+        return self
+
+
+class Tokenize(Options):
+    """Raw JSONL -> documents."""
+
+    data: Files = []
+    columns: Columns = {}
+    template: str | None = None  # chatml, llama3, alpaca, plain, or a Jinja file; None: the model folder's own
+    template_text: str | None = None
+    tokenizer: str | None = None  # a tokenizer.json, or `whitespace`, instead of a model folder
+    on_error: Literal["fail", "skip"] = "fail"
+    rejects: str | None = None
+
+
+class Causal(Options):
+    """Next-token prediction under a loss mask."""
+
+    kind: Literal["causal"] = "causal"
+
+
+Objective = Annotated[Causal, BeforeValidator(_kind)]  # a union tagged by `kind` once there are several
+
+
+class Mask(Options):
+    """Documents -> rows: which tokens are trained."""
+
+    objective: Objective = Causal()
+    train_on: str = "own"  # own | last | all | after:IDS | between:IDS:IDS
+    roles: Annotated[list[str], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)] = []
+    no_match: Literal["drop", "error", "train"] = "drop"
+    eod_mask_loss: int | None = None
+    format: Literal["rows", "hf", "neox"] = "rows"
+    seq_len: Positive | None = None
+    max_length: Positive | None = None
+    too_long: Literal["drop", "error", "truncate-prompt", "truncate"] = "drop"
+    rejects: str | None = None
+
+
+class AdamW(Options):
+    """AdamW, fused; decay on matrices only."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] | None = None  # None: 1e-3 from nothing, 2e-5 on a pretrained model
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+
+
+class Muon(Options):
+    """Muon (torch's) on the matrices of the blocks; AdamW at the same lr on embeddings, head, norms and biases."""
+
+    kind: Literal["muon"] = "muon"
+    lr: Annotated[float, Field(gt=0)] | None = None
+    momentum: Share = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+
+
+def _optimizer(value: Any) -> Any:
+    """`optimizer: {lr: 1e-3}` means AdamW."""
+    value = _kind(value)
+    return {"kind": "adamw"} | value if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind"), BeforeValidator(_optimizer)]
+
+
+class Schedule(Options):
+    """The shape of the learning rate over the run. `warmup` and `decay` are shares of the run, clamped to fit it."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup: Share = 0.03
+    floor: Share = 0.0  # lr at the end, as a share of the peak
+    decay: Share = 0.2  # wsd only: the last share of the run falls linearly
+
+
+class Train(Options):
+    """Rows -> a model folder."""
+
+    optimizer: Optimizer = AdamW()
+    schedule: Annotated[Schedule, BeforeValidator(_kind)] = Schedule()
+    epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: Positive | None = None
+    batch_tokens: Positive = 8192  # tokens of one optimizer step ...
+    batch_rows: Positive | None = None  # ... or its rows
+    micro_batch_tokens: Positive = 8192  # bounds one forward; never changes a step
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: off
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    eval_data: str | None = None
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    eval_every: Positive | None = None  # steps; None: ten times a run
+    patience: Positive | None = None  # stop after so many evaluations without a better loss; keeps the best
+    sample_every: Positive | None = None  # steps; None: with every evaluation
+    sample_rows: Annotated[int, Field(ge=0)] = 4
+    sample_tokens: Positive = 64
+    checkpoint_every: Positive | None = None  # steps; None: at the end of every epoch
+    keep: Positive = 2
+
+
+class Generate(Options):
+    """Prompts -> completions."""
+
+    prompts: str | None = None
+    columns: Columns = {}
+    template: str | None = None
+    template_text: str | None = None
+    batch_size: Positive = 32
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop: Files = []
+    n: Positive = 1
+    seed: int = 0
+    pad_side: Literal["left", "right"] = "left"
+    deterministic: bool = False
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+Metric = Literal["exact_match", "regex_match", "token_f1"]
+
+
+class Evaluate(Options):
+    """Scores of completions against their references."""
+
+    metrics: list[Metric] = ["exact_match", "token_f1"]
+    regex: str | None = None  # regex_match compares its first group (or the whole match) in both texts
+
+
+class Recipe(Options):
+    """A picture of a run: one section a stage."""
+
+    model: str | None = None
+    init: Init | None = None
+    tokenize: Tokenize = Tokenize()
+    mask: Mask = Mask()
+    train: Train = Train()
+    generate: Generate | None = None
+    evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def model_is_given_once(self) -> "Recipe":
+        if self.model and self.init:
+            raise ValueError("both `model` and `init` are given; a recipe starts from one of them")
+        if self.evaluate and not self.generate:
+            raise ValueError("`evaluate` needs a `generate` section: it scores its completions")
+        return self
+
+
+# ---- from YAML and --set to typed sections
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML without aliases (no billion laughs) and without duplicate keys (no silent last-wins)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a recipe file into plain values. Raises UsageError naming file and line."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from None
+    if len(data) > MAX_RECIPE_BYTES:
+        raise UsageError(f"recipe {path} is larger than {MAX_RECIPE_BYTES} bytes")
+    try:
+        value = yaml.load(data, _StrictLoader)
+    except RecursionError:
+        raise UsageError(f"recipe {path} is nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"{path}:{mark.line + 1 if mark else 1}: not a recipe: {problem}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a recipe: expected sections such as `train:`")
+    return value
+
+
+def apply_settings(values: dict[str, Any], settings: list[str], prefix: str = "") -> dict[str, Any]:
+    """Lay `a.b=c` settings over nested values. With `prefix`, keys may leave the section's own name out."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--set {setting}: expected key=value, such as optimizer.lr=1e-3")
+        try:
+            value = yaml.load(text, _StrictLoader)
+        except yaml.YAMLError:
+            value = text
+        keys = path.removeprefix(f"{prefix}.").split(".") if prefix else path.split(".")
+        place = values
+        for key in keys[:-1]:
+            inner = place.get(key)
+            if isinstance(inner, str):  # a shorthand such as `schedule: cosine`
+                inner = {"kind": inner}
+            place[key] = dict(inner) if isinstance(inner, dict) else {}
+            place = place[key]
+        place[keys[-1]] = value
+    return values
+
+
+def parse(kind: type[Options], values: dict[str, Any], section: str = "", source: str = "") -> Any:
+    """Validate plain values as `kind`. Raises UsageError with the path, what was expected and the nearest name."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error, kind, section, source) from None
+
+
+def _explained(error: ValidationError, kind: type[Options], section: str, source: str) -> UsageError:
+    first = error.errors()[0]
+    loc = [part for part in first["loc"] if isinstance(part, int) or not _is_tag(kind, part)]
+    path = ".".join(str(part) for part in ([section] if section else []) + loc)
+    start = f"{source}: " if source else ""
+    if first["type"] == "extra_forbidden":
+        names = _names_beside(kind, loc)
+        near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.6)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+        return UsageError(f"{start}{path}: unknown key", hint=hint)
+    reason = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    return UsageError(f"{start}{path + ': ' if path else ''}{reason[0].lower() + reason[1:]}{given}")
+
+
+def _sections(annotation: Any) -> list[type[Options]]:
+    """The option classes inside an annotation: a class, a union, an Annotated or Optional of them."""
+    if isinstance(annotation, type) and issubclass(annotation, Options):
+        return [annotation]
+    if typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return [found for inner in typing.get_args(annotation) for found in _sections(inner)]
+    return []
+
+
+def _is_tag(kind: type[Options], part: str) -> bool:
+    """pydantic puts the tag of a union into the path of an error; people did not write it there."""
+    return part in ("adamw", "muon")
+
+
+def _names_beside(kind: type[Options], loc: list[Any]) -> list[str]:
+    """The known keys at the place of an unknown one."""
+    kinds: list[type[Options]] = [kind]
+    for part in loc[:-1]:
+        fields = [k.model_fields[part] for k in kinds if part in k.model_fields]
+        kinds = [found for field in fields for found in _sections(field.annotation)] or kinds
+    return sorted({name for k in kinds for name in k.model_fields})
+
+
+def load_recipe(path: str, settings: list[str] | None = None) -> Recipe:
+    """Read, override and validate a whole recipe."""
+    recipe: Recipe = parse(Recipe, apply_settings(read_yaml(path), settings or []), source=path)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults included."""
+    return str(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120))

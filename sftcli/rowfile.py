@@ -1,0 +1,213 @@
+"""Rows as columns in a safetensors file: numbers flat with offsets, strings as bytes with offsets.
+
+The format is eight bytes of header length, a JSON header, then the columns. It is written and read here without torch
+or numpy, so that `sft mask` streams any number of rows in constant memory and `sft show` starts at once.
+"""
+
+import json
+import mmap
+import shutil
+import struct
+import tempfile
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from sftcli.artifacts import CHUNK, atomic_file
+from sftcli.errors import CheckpointError
+from sftcli.rows import FORMAT, PER_TOKEN, Row
+
+TYPES = {"I64": ("q", 8), "I32": ("i", 4), "F32": ("f", 4), "U8": ("B", 1)}
+FLAT = {"input_ids": "I32", "labels": "I32"} | {name: "I32" for name in PER_TOKEN} | {"loss_weight": "F32"}
+STRINGS = ("id", "align", "objective", "tokenizer", "template", "format", "source")
+PER_TOKEN_DEFAULT: dict[str, Any] = {"loss_weight": 1.0, "block_position_ids": 0, "token_type_ids": 0}
+NONE = -1  # next_sentence_label of a row that has none
+
+
+class _Column:
+    """One column on its way to disk: values go through a temporary file."""
+
+    def __init__(self, dtype: str, folder: Path):
+        self.dtype, self.count = dtype, 0
+        self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]  # noqa: SIM115
+
+    def extend(self, values: Any) -> None:
+        data = bytes(values) if self.dtype == "U8" else array(TYPES[self.dtype][0], values).tobytes()
+        self.file.write(data)
+        self.count += len(data) // TYPES[self.dtype][1]
+
+
+class RowFileWriter:
+    """Collects rows into columns; `write_to` assembles the safetensors file."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.rows, self.tokens = folder, 0, 0
+        self.columns: dict[str, _Column] = {}
+        for name in ("offsets", "turns.offsets", *(f"{name}.offsets" for name in STRINGS)):
+            self._column(name, "I64").extend([0])
+
+    def _column(self, name: str, dtype: str) -> _Column:
+        if name not in self.columns:
+            self.columns[name] = _Column(dtype, self.folder)
+        return self.columns[name]
+
+    def append(self, row: Row) -> None:
+        length = len(row.input_ids)
+        for name, dtype in FLAT.items():
+            values = getattr(row, name)
+            if values is None and name not in self.columns:
+                continue
+            column = self._column(name, dtype)
+            if missing := self.tokens - column.count:  # earlier rows had the default
+                _fill(column, name, self, missing)
+            column.extend(_default(name, length) if values is None else values)
+        if row.next_sentence_label is not None or "next_sentence_label" in self.columns:
+            column = self._column("next_sentence_label", "I32")
+            column.extend([NONE] * (self.rows - column.count))
+            column.extend([NONE if row.next_sentence_label is None else row.next_sentence_label])
+        for name in STRINGS:
+            self._append_text(name, getattr(row, name))
+        self._append_turns(row)
+        self.rows += 1
+        self.tokens += length
+        self.columns["offsets"].extend([self.tokens])
+
+    def _append_text(self, name: str, text: str | None) -> None:
+        column = self._column(name, "U8")
+        column.extend((text or "").encode())
+        self.columns[f"{name}.offsets"].extend([column.count])
+
+    def _append_turns(self, row: Row) -> None:
+        numbers, roles = self._column("turns", "I32"), self._column("turns.role", "U8")
+        ends = self.columns.get("turns.role.offsets") or self._column("turns.role.offsets", "I64")
+        if ends.count == 0:
+            ends.extend([0])
+        for start, end, role, turn in row.turns or ():
+            numbers.extend([start, end, turn])
+            roles.extend(role.encode())
+            ends.extend([roles.count])
+        self.columns["turns.offsets"].extend([numbers.count // 3])
+
+    def write_to(self, out: IO[bytes]) -> None:
+        """Header, then every column, widest type first so that each lies aligned."""
+        order = sorted(self.columns.items(), key=lambda item: (-TYPES[item[1].dtype][1], item[0]))
+        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "rows": str(self.rows)}}
+        end = 0
+        for name, column in order:
+            start, end = end, end + column.count * TYPES[column.dtype][1]
+            shape = [column.count // 3, 3] if name == "turns" else [column.count]
+            header[name] = {"dtype": column.dtype, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        out.write(struct.pack("<Q", len(text)) + text)
+        for _, column in order:
+            column.file.seek(0)
+            shutil.copyfileobj(column.file, out, CHUNK)
+            column.file.close()
+
+
+def _default(name: str, length: int) -> Any:
+    """The default of a per-token column for one row of `length` tokens."""
+    return [PER_TOKEN_DEFAULT[name]] * length if name in PER_TOKEN_DEFAULT else range(length)
+
+
+def _fill(column: _Column, name: str, writer: RowFileWriter, missing: int) -> None:
+    """A column that first differs from its default late: write the defaults of the rows before."""
+    if name in PER_TOKEN_DEFAULT:
+        column.extend(_default(name, missing))
+        return
+    offsets = writer.columns["offsets"].file
+    offsets.seek(0)
+    ends = array("q", offsets.read())
+    for start, end in zip(ends, ends[1:], strict=False):
+        column.extend(range(end - start))
+
+
+def write_rows(path: str | Path, rows: Iterator[Row]) -> int:
+    """Write rows to a safetensors file (atomically, in constant memory); returns how many."""
+    writer = RowFileWriter(Path(path).absolute().parent)
+    for row in rows:
+        writer.append(row)
+    with atomic_file(path) as out:
+        writer.write_to(out)
+    return writer.rows
+
+
+class RowFile:
+    """Random access to the rows of a safetensors file, through a memory map."""
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            if size < 8:
+                raise CheckpointError(f"{path} is not a safetensors file: {size} bytes")
+            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        (length,) = struct.unpack("<Q", self.bytes[:8])
+        if length > min(size - 8, 100_000_000):
+            raise CheckpointError(f"{path} is not a safetensors file, or is cut off: header of {length} bytes")
+        try:
+            header = json.loads(bytes(self.bytes[8 : 8 + length]))
+            self.columns = {name: self._view(8 + length, item) for name, item in header.items() if name[:2] != "__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} has a damaged header: {error}") from None
+        missing = {"input_ids", "labels", "offsets", "id", "align"} - set(self.columns)
+        if missing or header.get("__metadata__", {}).get("format") != FORMAT:
+            raise CheckpointError(f"{path} holds no rows (missing {', '.join(sorted(missing)) or 'format'})")
+        self.offsets = self.columns["offsets"]
+
+    def _view(self, base: int, item: dict[str, Any]) -> memoryview:
+        start, end = item["data_offsets"]
+        code, width = TYPES[item["dtype"]]
+        if not 0 <= start <= end <= len(self.bytes) - base or (end - start) % width:
+            raise ValueError(f"data_offsets {start}..{end} outside the file")
+        return self.bytes[base + start : base + end].cast(code)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def lengths(self) -> list[int]:
+        """Tokens of every row."""
+        ends = self.offsets.tolist()
+        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+    def __getitem__(self, i: int) -> Row:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start, end = self.offsets[i], self.offsets[i + 1]
+        flat = {name: self.columns[name][start:end].tolist() for name in FLAT if name in self.columns}
+        length = end - start
+        for name in PER_TOKEN:  # columns at their default are None again, as in JSON lines
+            if name in flat and flat[name] == list(_default(name, length)):
+                flat[name] = None
+        texts = {name: self._text(name, i) for name in STRINGS}
+        for name in ("tokenizer", "template", "source"):
+            texts[name] = texts[name] or None  # type: ignore[assignment]
+        following = self.columns["next_sentence_label"][i] if "next_sentence_label" in self.columns else NONE
+        return Row(**flat, **texts, turns=self._turns(i), next_sentence_label=None if following == NONE else following)
+
+    def _text(self, name: str, i: int) -> str:
+        if name not in self.columns:
+            return ""
+        ends = self.columns[f"{name}.offsets"]
+        return bytes(self.columns[name][ends[i] : ends[i + 1]]).decode()
+
+    def _turns(self, i: int) -> list[tuple[int, int, str, int]] | None:
+        if "turns" not in self.columns:
+            return None
+        first, last = self.columns["turns.offsets"][i], self.columns["turns.offsets"][i + 1]
+        numbers = self.columns["turns"]
+        found = [
+            (numbers[3 * t], numbers[3 * t + 1], self._text("turns.role", t), numbers[3 * t + 2])
+            for t in range(first, last)
+        ]
+        return found or None
+
+
+def is_row_file(path: str) -> bool:
+    """Whether a file is safetensors rather than JSON lines: by its ending."""
+    return path.endswith(".safetensors")

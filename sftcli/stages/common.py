@@ -1,0 +1,110 @@
+"""What several stages share: the tokenizer and template that flags name, and lines that are rejected."""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import IO
+
+import msgspec
+
+from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, model_folder, name_of, open_output, read_lines
+from sftcli.console import note
+from sftcli.errors import DataError, UsageError
+from sftcli.text.template import Template, load_template
+from sftcli.text.tokenizer import Codec, folder_template, load_codec, load_tokenizer_file, remember
+
+SHOWN_REJECTS = 10
+
+
+def codec_for(model: str | None, tokenizer: str | None) -> Codec:
+    """The tokenizer of `-m`, or the one that --tokenizer names."""
+    if tokenizer:
+        return load_tokenizer_file(tokenizer)
+    if not model:
+        raise UsageError("no model", hint="-m MODEL (a folder or a run), or --tokenizer FILE")
+    return load_codec(model_folder(model))
+
+
+def template_for(
+    codec: Codec, model: str | None, name: str | None, text: str | None, columns: Mapping[str, str]
+) -> Template:
+    """The template that flags name, else the model folder's own. Its control tokens must be the tokenizer's."""
+    if name or text is not None:
+        template = load_template(name, text, columns, codec.specials)
+    else:
+        folder = model_folder(model) if model else None
+        source = folder_template(folder) if folder else None
+        if source is None:
+            raise UsageError(
+                f"{folder or 'the tokenizer'} has no chat template",
+                hint="--template chatml|llama3|alpaca|FILE, or --template-text '<bos>{question}<sep>{answer}<eos>'",
+            )
+        template = Template(source, f"of {folder}", codec.specials)
+    missing = [token for token in template.header.get("controls", ()) if token not in codec.added]
+    used = [token for token in missing if token in template.source.partition("-#}")[2]]
+    if used:
+        raise UsageError(
+            f"template {template.name} needs the control token {used[0]}, which the tokenizer lacks",
+            hint="use the model's own template, or another --template",
+        )
+    return template
+
+
+def keep_for_later(codec: Codec, template: Template | None) -> None:
+    """Let `sft mask --show` name tokens and `sft train` save the template that rows were made with."""
+    remember(f"{codec.hash}.tokenizer.json", codec.definition)
+    if template:
+        remember(f"{template.hash}.jinja", template.source.encode())
+
+
+def read_lines_of(paths: Sequence[str]) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | DataError]]:
+    """(file:line, line, its fields) of several JSONL inputs; a line that is not an object comes as its error."""
+    for path in paths:
+        for number, line in read_lines(path):
+            where = f"{name_of(path)}:{number}"
+            try:
+                yield where, line, line_fields(line, where)
+            except PreviousStageFailed:
+                raise
+            except DataError as error:
+                yield where, line, error
+
+
+class Rejects:
+    """Bad lines under --on-error: the first one stops (fail), or each is counted and written to --rejects (skip)."""
+
+    def __init__(self, on_error: str, path: str | None):
+        self.skip, self.path, self.count = on_error == "skip", path, 0
+        self.stack = ExitStack()
+        self.out: IO[bytes] | None = None
+
+    def __enter__(self) -> "Rejects":
+        if self.path:
+            self.out = self.stack.enter_context(open_output(self.path))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.__exit__(*error)  # type: ignore[arg-type]
+
+    def add(self, error: DataError, line: bytes) -> None:
+        """Count a bad line, or raise where --on-error fail."""
+        if not self.skip:
+            raise error
+        self.count += 1
+        if self.count <= SHOWN_REJECTS:
+            note(f"rejected: {error}")
+        if self.out:
+            file, _, number = (error.where or "").rpartition(":")
+            self.out.write(
+                json_line(
+                    {
+                        "file": file,
+                        "line": int(number) if number.isdigit() else None,
+                        "reason": error.reason,
+                        "field": error.field,
+                        "raw_b64": base64.b64encode(line).decode(),
+                    }
+                )
+            )
+
+

@@ -1,0 +1,240 @@
+"""sft mask: documents -> rows; which tokens are trained."""
+
+from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+
+import msgspec
+
+from sftcli import console, views
+from sftcli.artifacts import decode_json, json_line, model_folder, open_output
+from sftcli.errors import DataError, UsageError
+from sftcli.recipe import Mask
+from sftcli.rowfile import is_row_file, write_rows
+from sftcli.rows import DOCUMENT_FIELDS, IGNORE, Document, Extra, Row, encode_row
+from sftcli.stages.common import Rejects, read_lines_of
+from sftcli.text import pretokenized
+from sftcli.text.objectives import causal
+from sftcli.text.tokenizer import Codec, load_codec, recall_codec
+
+MOSTLY_LOST = 0.1  # warn when more than this share of the rows is dropped
+
+
+@dataclass
+class Summary:
+    """What one run of the stage did: rows in = kept + dropped."""
+
+    rows: int = 0
+    kept: int = 0
+    cut: int = 0
+    dropped: Tally[str] = field(default_factory=Tally)
+    tokens: int = 0
+    trained: int = 0
+    turns: int = 0
+    turn_ends: Tally[int] = field(default_factory=Tally)  # the last token of the model's turns ...
+    trained_ends: Tally[int] = field(default_factory=Tally)  # ... and how often it is trained
+    lost_fields: set[str] = field(default_factory=set)
+    tokenizers: set[str | None] = field(default_factory=set)
+
+
+@dataclass
+class Made:
+    """A row, the document it came from and its weights before eod_mask_loss (GPT-NeoX keeps the two apart)."""
+
+    row: Row
+    document: Document
+    weights: list[float]
+    extra: Extra
+
+
+def mask(options: Mask, source: str, output: str | None, show: int = 0, model: str | None = None) -> Summary:
+    """Run the stage. `model` only names tokens in what is shown."""
+    rule = causal.rule_of(options)
+    to_columns = output is not None and is_row_file(output)
+    if options.format == "neox" and not options.seq_len:
+        raise UsageError("--format neox needs --seq-len N")
+    if options.format != "rows" and to_columns:
+        raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
+    summary = Summary()
+    codec = load_codec(model_folder(model)) if model else None
+    with Rejects("skip", options.rejects) as rejects, console.live() as line, ExitStack() as stack:
+        made = _counted(_made(options, rule, source, rejects, summary), line)
+        made = _shown(made, show, codec, line)
+        if to_columns:
+            summary.lost_fields.clear()
+            write_rows(str(output), (item.row for item in _without_extra(made, summary)))
+        else:
+            out = stack.enter_context(open_output(output))
+            for item in made:
+                out.write(_formatted(item, options))
+    _report(summary, codec or recall_codec(next(iter(summary.tokenizers), None)))
+    if summary.rows and not summary.kept:
+        raise DataError(
+            f"nothing is left to train: all {summary.rows:,} rows were dropped "
+            f"({', '.join(f'{count:,} {reason}' for reason, count in summary.dropped.items())})"
+        )
+    return summary
+
+
+def _made(
+    options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summary: Summary
+) -> Iterator[Made]:
+    """Every document that leaves something to train, as a row that fits; the others are counted by reason."""
+    for where, line, fields in read_lines_of([source]):
+        if isinstance(fields, DataError):
+            raise fields
+        summary.rows += 1
+        try:
+            made = _row(line, fields, where, summary.rows, rule, options)
+            limit = options.max_length or (options.seq_len + 1 if options.format == "neox" and options.seq_len else None)
+            if not made.row.trained():
+                raise causal.NothingTrained("nothing trained")
+            if limit and len(made.row.input_ids) > limit:
+                if options.too_long == "error":
+                    raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", where, "$.input_ids")
+                made = _cut(made, limit, options.too_long)
+                summary.cut += 1
+        except causal.NothingTrained as reason:
+            summary.dropped[str(reason)] += 1
+            if rejects.path:
+                rejects.add(DataError(str(reason), where), line)
+            continue
+        except DataError as error:
+            raise error.located(where) from None
+        _count(made, summary)
+        yield made
+
+
+def _row(
+    line: bytes, fields: dict[str, msgspec.Raw], where: str, number: int, rule: causal.Rule, options: Mask
+) -> Made:
+    if "segments" in fields:
+        document = decode_json(line, where, Document)
+        _check_segments(document, where)
+        extra = {name: raw for name, raw in fields.items() if name not in DOCUMENT_FIELDS}
+        given = None
+    elif "input_ids" in fields:
+        document, given = pretokenized.read(line, fields, where, number)
+        extra = pretokenized.unknown_fields(fields)
+        if given is None and options.train_on in ("own", "last"):
+            raise DataError(
+                "input_ids with neither segments nor labels nor loss_mask", where, hint="or say --train-on all|after:IDS"
+            )
+    else:
+        raise DataError(
+            f"not a document: the line has {', '.join(fields)}", where, hint="documents come from `sft tokenize`"
+        )
+    if given is not None and options.train_on == "own" and not options.roles:
+        weights = given
+    else:
+        weights = causal.weights_of(document, rule, options)
+    row = causal.row_of(document, causal.after_eod(document, weights, options))
+    return Made(row, document, weights, extra)
+
+
+def _check_segments(document: Document, where: str) -> None:
+    if not document.input_ids:
+        raise DataError("no tokens", where, "$.input_ids")
+    at = 0
+    for i, segment in enumerate(document.segments):
+        if not at <= segment.start < segment.end <= len(document.input_ids) or not segment.weight >= 0:
+            raise DataError("segment out of order or outside of the ids", where, f"$.segments[{i}]")
+        at = segment.end
+
+
+def _cut(made: Made, limit: int, policy: str) -> Made:
+    start, end = causal.window(made.row, limit, policy)
+    row = causal.slice_row(made.row, start, end)
+    if not row.trained():
+        raise causal.NothingTrained("too long: the cut left nothing to train")
+    segments = [
+        msgspec.structs.replace(s, start=max(s.start, start) - start, end=min(s.end, end) - start)
+        for s in made.document.segments
+        if s.start < end and s.end > start
+    ]
+    return Made(row, msgspec.structs.replace(made.document, segments=segments), made.weights[start:end], made.extra)
+
+
+def _formatted(item: Made, options: Mask) -> bytes:
+    if options.format == "hf":
+        return json_line(pretokenized.huggingface(item.row))
+    if options.format == "neox":
+        return json_line(pretokenized.neox(item.row, item.weights, options.seq_len or 0))
+    return encode_row(item.row, item.extra)
+
+
+def _without_extra(made: Iterator[Made], summary: Summary) -> Iterator[Made]:
+    for item in made:
+        summary.lost_fields |= item.extra.keys()
+        yield item
+
+
+def _shown(made: Iterator[Made], count: int, codec: Codec | None, line: console.Live) -> Iterator[Made]:
+    """Print the first rows on their way."""
+    for item in islice(made, count):
+        line.clear()
+        known = codec or recall_codec(item.row.tokenizer)
+        views.show_row(item.row, known.token_text if known else str, item.document.segments)
+        yield item
+    yield from made
+
+
+def _counted(made: Iterator[Made], line: console.Live) -> Iterator[Made]:
+    counter = console.Counter(line, "mask")
+    for item in made:
+        yield item
+        counter.add(1)
+
+
+# ---- the account on stderr
+
+
+def _count(made: Made, summary: Summary) -> None:
+    row = made.row
+    summary.kept += 1
+    summary.tokens += len(row.input_ids)
+    summary.trained += row.trained()
+    summary.tokenizers.add(row.tokenizer)
+    if len(summary.tokenizers) > 1:
+        raise DataError(f"rows of two tokenizers in one input: {' and '.join(map(str, summary.tokenizers))}")
+    for _, end, _, _ in row.turns or ():
+        summary.turns += 1
+        summary.turn_ends[row.input_ids[end - 1]] += 1
+        summary.trained_ends[row.input_ids[end - 1]] += row.labels[end - 1] != IGNORE
+
+
+def _report(summary: Summary, codec: Codec | None) -> None:
+    if summary.rows == 0:
+        console.warn("mask: the input is empty")
+        return
+    dropped = sum(summary.dropped.values())
+    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in summary.dropped.items())})" if dropped else ""
+    share = summary.trained / max(summary.tokens, 1)
+    console.note(
+        f"mask: {summary.rows:,} rows in, {summary.kept:,} kept, {summary.cut:,} cut, {dropped:,} dropped{reasons}; "
+        f"{summary.trained:,} of {summary.tokens:,} tokens trained ({share:.0%})"
+    )
+    if dropped > MOSTLY_LOST * summary.rows:
+        console.warn(f"mask: {dropped / summary.rows:.0%} of the rows were dropped")
+    if summary.lost_fields:
+        console.note(f"mask: not kept in safetensors: {', '.join(sorted(summary.lost_fields))}")
+    _report_stops(summary, codec)
+
+
+def _report_stops(summary: Summary, codec: Codec | None) -> None:
+    """How often each stop token is trained; a model whose stop token is not trained never stops."""
+    if not summary.turns:
+        return
+    ends = {t: n for t, n in summary.turn_ends.items() if codec is None or t in codec.special_ids}
+    if codec is None and len(ends) > 8:  # ids alone do not tell a stop token from a last word
+        return
+    for token in ends:
+        name = codec.token_text(token) if codec else f"id {token}"
+        trained = summary.trained_ends[token]
+        console.note(f"mask: stop token {name} ({token}) is trained {trained:,} times in {summary.turns:,} turns")
+        if not trained:
+            console.warn(f"mask: the stop token {name} is never trained: the model will not learn to stop")
+    if not ends:
+        console.warn("mask: no turn of the model ends with a special token: the model will not learn to stop")

@@ -1,0 +1,142 @@
+"""Strings that remember which of their characters came out of a message, through everything a template does to them.
+
+    "<|im_start|>user\\n" + Traced("hello", message 0) + "<|im_end|>"   ->   characters 17..22 came from message 0
+
+So the mask is a fact of rendering: nothing is searched for afterwards. Operations that are not tracked return plain
+text, which then counts as the template's own.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+Span = tuple[int, int, int]  # start, end, number of the message
+
+
+class Traced(str):
+    """Text with the spans of it that came from messages, in order and disjoint."""
+
+    spans: tuple[Span, ...]
+
+    def __new__(cls, text: str, spans: tuple[Span, ...]) -> "Traced":
+        self = super().__new__(cls, text)
+        self.spans = spans
+        return self
+
+    def __str__(self) -> str:
+        return self  # Jinja writes every output as str(value): keep the trace
+
+    def __add__(self, other: str) -> "Traced":
+        return join_traced((self, other))
+
+    def __radd__(self, other: str) -> "Traced":
+        return join_traced((other, self))
+
+    def __getitem__(self, key: Any) -> "Traced":
+        size = len(self)
+        start, stop, step = key.indices(size) if isinstance(key, slice) else (key % size, key % size + 1, 1)
+        text = str.__getitem__(self, key)
+        if step != 1:
+            return Traced(text, ((0, len(text), self.spans[0][2]),) if text and self.spans else ())
+        return Traced(text, _window(self.spans, start, max(start, stop)))
+
+    def strip(self, chars: str | None = None) -> "Traced":
+        return self.lstrip(chars).rstrip(chars)
+
+    def lstrip(self, chars: str | None = None) -> "Traced":
+        return self[len(self) - len(str.lstrip(self, chars)) :]
+
+    def rstrip(self, chars: str | None = None) -> "Traced":
+        return self[: len(str.rstrip(self, chars))]
+
+    def removeprefix(self, prefix: str, /) -> "Traced":
+        return self[len(prefix) :] if self.startswith(prefix) else self
+
+    def removesuffix(self, suffix: str, /) -> "Traced":
+        return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
+
+    def split(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
+        return self._located(str.split(self, sep, maxsplit))
+
+    def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
+        return self._located(str.rsplit(self, sep, maxsplit))
+
+    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+        return self._located(str.splitlines(self, keepends))
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+        return tuple(self._located(str.partition(self, sep)))  # type: ignore[return-value]
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+        return tuple(self._located(str.rpartition(self, sep)))  # type: ignore[return-value]
+
+    def _located(self, pieces: Iterable[str]) -> list[str]:
+        """Pieces that follow each other in this text, each with its own part of the trace."""
+        found, at = [], 0
+        for piece in pieces:
+            at = str.find(self, piece, at)
+            found.append(self[at : at + len(piece)])
+            at += len(piece)
+        return found
+
+    def replace(self, old: str, new: str, count: int = -1, /) -> "Traced":  # type: ignore[override]
+        if not old:
+            return Traced(str.replace(self, old, new, count), self.spans and ((0, len(self), self.spans[0][2]),))
+        pieces = self.split(old, count)
+        between = [piece for kept in pieces for piece in (new, kept)][1:]
+        return join_traced(between)
+
+    def lower(self) -> "Traced":
+        return self._same_length(str.lower(self))
+
+    def upper(self) -> "Traced":
+        return self._same_length(str.upper(self))
+
+    def title(self) -> "Traced":
+        return self._same_length(str.title(self))
+
+    def capitalize(self) -> "Traced":
+        return self._same_length(str.capitalize(self))
+
+    def _same_length(self, text: str) -> "Traced":
+        """Case changes keep the trace; the few characters whose length changes make all of it content."""
+        if len(text) == len(self):
+            return Traced(text, self.spans)
+        return Traced(text, ((0, len(text), self.spans[0][2]),) if self.spans else ())
+
+
+def _window(spans: tuple[Span, ...], start: int, stop: int) -> tuple[Span, ...]:
+    return tuple((max(a, start) - start, min(b, stop) - start, m) for a, b, m in spans if a < stop and b > start)
+
+
+def join_traced(pieces: Iterable[str]) -> Traced:
+    """Concatenate; touching spans of one message become one."""
+    spans: list[Span] = []
+    texts, at = [], 0
+    for piece in pieces:
+        for a, b, message in getattr(piece, "spans", ()):
+            if spans and spans[-1][1] == at + a and spans[-1][2] == message:
+                spans[-1] = (spans[-1][0], at + b, message)
+            else:
+                spans.append((at + a, at + b, message))
+        texts.append(piece)
+        at += len(piece)
+    return Traced("".join(texts), tuple(spans))
+
+
+def concat(pieces: Iterable[str]) -> str:
+    """What Jinja joins output with: traced if any piece is."""
+    pieces = list(pieces)
+    if any(isinstance(piece, Traced) for piece in pieces):
+        return join_traced(pieces)
+    return "".join(pieces)
+
+
+def trace(value: Any, message: int) -> Any:
+    """A JSON value with every text in it (not the keys of objects) traced to `message`."""
+    if isinstance(value, str):
+        return Traced(value, ((0, len(value), message),) if value else ())
+    if isinstance(value, list):
+        return [trace(item, message) for item in value]
+    if isinstance(value, dict):
+        return {key: trace(item, message) for key, item in value.items()}
+    return value
