@@ -153,6 +153,11 @@ def write_json(path: Path, value: Any) -> None:
         file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
+def update_json(path: Path, values: dict[str, Any]) -> None:
+    """Lay values over a small JSON object in a file (made if it is not there)."""
+    write_json(path, (read_json(path) if path.is_file() else {}) | values)
+
+
 @contextmanager
 def open_output(path: str | None) -> Iterator[IO[bytes]]:
     """stdout for None or `-`, else an atomic file. A failing stage ends stdout with its error line."""

@@ -6,7 +6,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,12 +30,12 @@ def _visible(c: str) -> str:
     return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if unicodedata.category(c) != "Zs" else " "
 
 
-def console() -> "Console":
-    """A rich console on stderr (imported late: rich costs 70 ms)."""
+def console(stderr: bool = True) -> "Console":
+    """A rich console on stderr, or on stdout for `sft show` (imported late: rich costs 70 ms)."""
     from rich.console import Console
 
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    return Console(stderr=True, highlight=False, no_color=plain or None, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, no_color=plain or None, soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -56,9 +56,10 @@ def fail(text: str, hint: str | None) -> None:
     print(f"{label} {safe(text)}" + (f"; {second} {safe(hint)}" if hint else ""), file=sys.stderr, flush=True)
 
 
-def coloured() -> bool:
+def coloured(stderr: bool = True) -> bool:
     """Colour only where a person looks: a terminal, and not against NO_COLOR or TERM=dumb."""
-    return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    stream = sys.stderr if stderr else sys.stdout
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def clock(seconds: float) -> str:
@@ -112,15 +113,6 @@ class Counter:
         self.count += rows
         rate = self.count / max(time.monotonic() - self.start, 1e-9)
         self.line.show(f"{self.verb} {self.count:,} rows  {rate:,.0f} rows/s")
-
-
-def print_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table of data on stderr: right-aligned numbers, no markup taken from data."""
-    lines = [[safe(str(cell)).replace("\n", "") for cell in row] for row in rows]
-    head = list(header)
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    for line in [head, *lines]:
-        note("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def styled(pieces: Iterable[tuple[str, str]]) -> "Text":

@@ -1,10 +1,10 @@
 """Rows for people: trained tokens in colour, roles, and the table of what the model must say where."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sftcli import console
-from sftcli.rows import IGNORE, Row, Segment
+from sftcli.rows import IGNORE, Document, Row, Segment
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -14,18 +14,36 @@ WHOLE_TABLE = 40  # rows up to this length show every position, longer ones the 
 TABLE_LINES = 30
 
 
-def show_row(row: Row, text_of: TokenText, segments: Sequence[Segment] = ()) -> None:
-    """Print one row on stderr: its segments with trained tokens marked, then the aligned table."""
-    from rich.rule import Rule
-
-    screen = console.console()
+def show_row(row: Row, text_of: TokenText, segments: Sequence[Segment] = (), stderr: bool = True) -> None:
+    """Print one row: its segments with trained tokens marked, then the aligned table."""
+    screen = console.console(stderr)
+    colour = console.coloured(stderr)
     weight = row.loss_weight or [1.0] * len(row.input_ids)
-    title = f"row {console.safe(row.id)}: {len(row.input_ids)} tokens, {row.trained()} trained"
-    screen.print(Rule(title, align="left", style="dim") if console.coloured() else f"--- {title}")
+    title = f"--- row {row.id}: {len(row.input_ids)} tokens, {row.trained()} trained"
+    screen.print(console.styled([(title, "bold")]))
     for start, end, role in _runs(row, segments):
-        screen.print(_line(row, weight, start, end, role, text_of))
+        screen.print(_line(row, weight, (start, end), role, text_of, colour))
     for line in _table(row, weight, text_of):
         screen.print(line)
+
+
+def show_document(document: Document, text_of: TokenText) -> None:
+    """Print a tokenised conversation on stdout, a line a segment, the model's own words marked."""
+    screen, colour = console.console(stderr=False), console.coloured(stderr=False)
+    screen.print(console.styled([(f"--- document {document.id}: {len(document.input_ids)} tokens", "bold")]))
+    for s in document.segments:
+        text = "".join(text_of(token) for token in document.input_ids[s.start : s.end]).replace("\n", "⏎")
+        text = text if colour or not s.own else f"[[{text}]]"
+        weight = f" x {s.weight:g}" if s.weight != 1 else ""
+        screen.print(console.styled([(f"{s.role:>10} | ", "cyan"), (text + weight, "bold green" if s.own else "dim")]))
+
+
+def show_record(title: str, parts: Iterable[tuple[str, str]]) -> None:
+    """Print a record of text on stdout: a title, then name and text of each part."""
+    screen = console.console(stderr=False)
+    screen.print(console.styled([(f"--- {title}", "bold")]))
+    for name, text in parts:
+        screen.print(console.styled([(f"{name:>10} | ", "cyan"), (text.replace("\n", "\n" + " " * 13), "")]))
 
 
 def _runs(row: Row, segments: Sequence[Segment]) -> list[tuple[int, int, str]]:
@@ -39,9 +57,11 @@ def _runs(row: Row, segments: Sequence[Segment]) -> list[tuple[int, int, str]]:
     return [run for run in [*found, (at, len(row.input_ids), "")] if run[0] < run[1]]
 
 
-def _line(row: Row, weight: Sequence[float], start: int, end: int, role: str, text_of: TokenText) -> "Text":
+def _line(
+    row: Row, weight: Sequence[float], span: tuple[int, int], role: str, text_of: TokenText, colour: bool
+) -> "Text":
     """`role | text`, trained tokens green (bold), others dim; without colour trained runs stand in [[ ]]."""
-    colour = console.coloured()
+    start, end = span
     pieces = [(f"{role or '-':>10} | ", "cyan")]
     for t in range(start, end):
         trained = row.labels[t] != IGNORE

@@ -249,7 +249,7 @@ def _choose(logits: Tensor, slots: list[_Slot], options: Generate) -> list[int]:
     return choose(logits, options, [slot.generator for slot in slots]).tolist()
 
 
-TextStops = Callable[[list[int]], int | None]  # generated ids -> how many of them to keep, once a stop text is there
+TextStops = Callable[[list[int]], bool]  # generated ids -> whether a stop text is among them
 
 
 def _advance(
@@ -259,8 +259,8 @@ def _advance(
     if token in stops:
         return Completion(slot.number, slot.made, "stop")
     slot.made.append(token)
-    if text_stops and (kept := text_stops(slot.made)) is not None:
-        return Completion(slot.number, slot.made[:kept], "stop")
+    if text_stops and text_stops(slot.made):
+        return Completion(slot.number, slot.made, "stop")
     if len(slot.made) >= slot.limit:
         full = len(slot.prompt.ids) + len(slot.made) >= context
         return Completion(slot.number, slot.made, "length", context_full=full)

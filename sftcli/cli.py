@@ -1,0 +1,410 @@
+"""The commands: parse, call a stage, report. Nothing heavy is imported before a command runs."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from sftcli import __version__, console
+from sftcli.errors import Exit, SftError, UsageError
+
+HELP = """Supervised fine-tuning as a pipeline of small, visible filters.
+
+  sft run recipes/quickstart.yaml                               everything from one file\n
+  sft tokenize chat.jsonl -m MODEL | sft mask --show 3          look before you train\n
+  sft tokenize chat.jsonl -m MODEL | sft mask | sft train - -m MODEL -o run\n
+  sft generate questions.jsonl -m run > answers.jsonl
+"""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns the one error class into a line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if "--traceback" in sys.argv or os.environ.get("SFT_TRACEBACK"):
+            return super().main(*args, **kwargs)
+        try:
+            return super().main(*args, **kwargs)
+        except SftError as error:
+            console.fail(str(error), error.hint)
+            code = int(error.code)
+        except KeyboardInterrupt:
+            code = 130
+        except MemoryError:
+            console.fail("out of memory", "fewer --set train.micro_batch_tokens, or a smaller --batch-size")
+            code = Exit.MEMORY
+        except BrokenPipeError:
+            code = 141
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="sft",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any option of the recipe, e.g. width=192.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="Take this stage's options from a recipe.")]
+Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="A model folder or a run.")]
+Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write (standard output).")]
+Columns = Annotated[str | None, typer.Option(metavar="A=B,...", help="Column names: prompt=question,completion=answer.")]
+Template = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")]
+TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    console.QUIET = quiet
+
+
+def _filter() -> None:
+    """A filter dies quietly when its reader goes away (`| head -n1`)."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _options(name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
+    """A section's options: the recipe's, then flags that were given, then --set."""
+    from sftcli.recipe import Recipe, apply_settings, parse, read_yaml
+
+    values: dict[str, Any] = {}
+    if recipe:
+        parse(Recipe, whole := read_yaml(recipe), source=recipe)
+        values = dict(whole.get(name) or {})
+    for key, value in flags.items():
+        if value is not None and value != []:
+            values[key] = value
+    apply_settings(values, list(settings), prefix=name)
+    kind = {key: field.annotation for key, field in Recipe.model_fields.items()}[name]
+    from sftcli.recipe import _sections
+
+    return parse(_sections(kind)[0], values, section=name)
+
+
+@app.command()
+def init(
+    data: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="Raw JSONL files, or - .")] = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")] = "base",
+    preset: Annotated[str | None, typer.Option(help="llama or gpt2.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE.")] = None,
+    template: Template = None,
+    template_text: TemplateText = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bpe, or whitespace for tiny vocabularies.")] = None,
+    columns: Columns = None,
+    recipe: RecipeFile = None,
+    settings: Set = [],  # noqa: B006
+) -> None:
+    """Make a tokenizer and an empty GPT from data.
+
+    sft init chat.jsonl -o base --preset llama --vocab-size 1024 --set width=192
+    """
+    from sftcli.stages.init import init as stage
+
+    options = _options(
+        "init",
+        recipe,
+        settings,
+        data=data,
+        preset=preset,
+        vocab_size=vocab_size,
+        template=template,
+        template_text=template_text,
+        tokenizer=tokenizer,
+        columns=columns,
+    )
+    stage(options, output)
+
+
+@app.command()
+def tokenize(
+    data: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="Raw JSONL files, or - .")] = None,
+    model: Model = None,
+    output: Output = None,
+    columns: Columns = None,
+    template: Template = None,
+    template_text: TemplateText = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="FILE|whitespace", help="A tokenizer.json instead of -m.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="fail (default) or skip bad lines.")] = None,
+    rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where skipped lines go, with reasons.")] = None,
+    recipe: RecipeFile = None,
+    settings: Set = [],  # noqa: B006
+) -> None:
+    """Raw JSONL -> documents: ids, and whose words are where.
+
+    sft tokenize chat.jsonl -m MODEL -o tokens.jsonl
+    """
+    from sftcli.stages.tokenize import tokenize as stage
+
+    _filter()
+    options = _options(
+        "tokenize",
+        recipe,
+        settings,
+        data=data or ([] if recipe else ["-"]),
+        columns=columns,
+        template=template,
+        template_text=template_text,
+        tokenizer=tokenizer,
+        on_error=on_error,
+        rejects=rejects,
+    )
+    stage(options, model, output)
+
+
+@app.command()
+def mask(
+    tokens: Annotated[str, typer.Argument(metavar="[TOKENS]", help="From sft tokenize, or pretokenised; - .")] = "-",
+    output: Output = None,
+    show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows, trained tokens in colour.")] = 0,
+    train_on: Annotated[str | None, typer.Option(metavar="RULE", help="own, last, all, after:IDS, between:IDS:IDS.")] = None,
+    roles: Annotated[str | None, typer.Option(metavar="A,B", help="Train these roles instead.")] = None,
+    no_match: Annotated[str | None, typer.Option(help="drop, error or train rows without the pattern.")] = None,
+    eod_mask_loss: Annotated[int | None, typer.Option(metavar="ID", help="Do not train what follows this id.")] = None,
+    format: Annotated[str | None, typer.Option(help="rows, hf or neox.")] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Row length of --format neox.")] = None,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Rows may have N tokens.")] = None,
+    too_long: Annotated[str | None, typer.Option(help="drop, error, truncate-prompt or truncate.")] = None,
+    rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where dropped lines go, with reasons.")] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Names tokens in what is shown.")] = None,
+    recipe: RecipeFile = None,
+    settings: Set = [],  # noqa: B006
+) -> None:
+    """Documents -> rows: which tokens are trained.
+
+    sft tokenize chat.jsonl -m MODEL | sft mask --show 3 -o rows.safetensors
+    """
+    from sftcli.stages.mask import mask as stage
+
+    _filter()
+    options = _options(
+        "mask",
+        recipe,
+        settings,
+        train_on=train_on,
+        roles=roles,
+        no_match=no_match,
+        eod_mask_loss=eod_mask_loss,
+        format=format,
+        seq_len=seq_len,
+        max_length=max_length,
+        too_long=too_long,
+        rejects=rejects,
+    )
+    stage(options, tokens, output, show, model)
+
+
+@app.command()
+def train(
+    rows: Annotated[str, typer.Argument(metavar="[ROWS]", help="From sft mask; - .")] = "-",
+    model: Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")] = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="The run folder.")] = "run",
+    epochs: Annotated[float | None, typer.Option(help="Times through the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step ...")] = None,
+    batch_rows: Annotated[int | None, typer.Option(help="... or its rows.")] = None,
+    eval_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Held-out rows.")] = None,
+    eval_share: Annotated[float | None, typer.Option(help="Hold out this share of the rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
+    recipe: RecipeFile = None,
+    settings: Set = [],  # noqa: B006
+) -> None:
+    """Rows -> a model folder in RUN/model.
+
+    sft train rows.safetensors -m MODEL -o run --set optimizer.lr=1e-4
+    """
+    from sftcli.stages.train import train as stage
+
+    if model and model.endswith((".yaml", ".yml")):
+        from sftcli.recipe import load_recipe
+
+        recipe, model = model, load_recipe(model).model
+        if not model:
+            raise UsageError(f"{recipe} names no `model:`", hint="sft run RECIPE makes one by its `init:`; or -m MODEL")
+    if not model:
+        raise UsageError("no model", hint="-m MODEL; `sft init DATA -o base` makes one from nothing")
+    settings = [*([f"optimizer.lr={lr}"] if lr is not None else []), *settings]
+    options = _options(
+        "train",
+        recipe,
+        settings,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_tokens=batch_tokens,
+        batch_rows=batch_rows,
+        eval_data=eval_data,
+        eval_share=eval_share,
+        seed=seed,
+    )
+    stage(options, rows, model, output, resume)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[str, typer.Argument(metavar="[PROMPTS]", help="Raw JSONL, the same shapes as for training; - .")] = "-",
+    model: Model = None,
+    output: Output = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows decoded side by side (32).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens a row (256).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (default) is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k best.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the best that hold this mass.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop what is less likely than this share of the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 (default) is off.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End a row at this text, too.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Completions a prompt.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random streams, one a row.")] = None,
+    pad_side: Annotated[str | None, typer.Option(help="left (default) or right.")] = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Byte-equal at any batch size; slower.")] = None,
+    show_batch: Annotated[bool, typer.Option("--show-batch", help="Print ids, mask and positions of the first batch.")] = False,
+    columns: Columns = None,
+    template: Template = None,
+    template_text: TemplateText = None,
+    recipe: RecipeFile = None,
+    settings: Set = [],  # noqa: B006
+) -> None:
+    """Prompts -> completions, in input order.
+
+    jq -c '{prompt}' q.jsonl | sft generate - -m run --batch-size 32 > answers.jsonl
+    """
+    from sftcli.stages.generate import complete
+
+    _filter()
+    if not model:
+        raise UsageError("no model", hint="-m MODEL, a model folder or a run")
+    options = _options(
+        "generate",
+        recipe,
+        settings,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        n=n,
+        seed=seed,
+        pad_side=pad_side,
+        deterministic=deterministic,
+        columns=columns,
+        template=template,
+        template_text=template_text,
+    )
+    complete(options, prompts, model, output, show_batch)
+
+
+@app.command()
+def evaluate(
+    rows: Annotated[str | None, typer.Argument(metavar="[ROWS]", help="From sft mask.")] = None,
+    model: Model = None,
+    per_row: Annotated[str | None, typer.Option(metavar="FILE", help="Write nll per trained token, a line a row.")] = None,
+    completions: Annotated[str | None, typer.Option(metavar="FILE", help="Score completions instead.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="exact_match, token_f1, regex_match.")] = None,
+    regex: Annotated[str | None, typer.Option(help="What regex_match compares: its first group.")] = None,
+    recipe: RecipeFile = None,
+) -> None:
+    """Score rows under a model, or completions against their references. Prints one JSON object.
+
+    sft evaluate rows.safetensors -m run\n
+    sft evaluate --completions answers.jsonl
+    """
+    from sftcli.artifacts import json_line
+    from sftcli.stages.evaluate import evaluate_completions, evaluate_rows
+
+    if bool(rows) == bool(completions):
+        raise UsageError("what to evaluate?", hint="ROWS -m MODEL, or --completions FILE")
+    if completions:
+        metrics = metric or (["regex_match"] if regex else None)
+        results = evaluate_completions(_options("evaluate", recipe, [], metrics=metrics, regex=regex), completions)
+    else:
+        if not model:
+            raise UsageError("no model", hint="-m MODEL, a model folder or a run")
+        results = evaluate_rows(str(rows), model, per_row)
+    if per_row != "-":
+        sys.stdout.buffer.write(json_line(results))
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(metavar="FILE", help="Data, tokens, rows, metrics, completions, a model or a run.")],
+    count: Annotated[int, typer.Option("-n", "--count", help="Lines to show.")] = 3,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Names the tokens.")] = None,
+) -> None:
+    """Any artifact, for people.
+
+    sft show run/rows.safetensors -n 5
+    """
+    from sftcli.stages.show import show as stage
+
+    _filter()
+    stage(path, count, model)
+
+
+@app.command()
+def check(
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Raw JSONL files, or - .")],
+    model: Model = None,
+    columns: Columns = None,
+    template: Template = None,
+    template_text: TemplateText = None,
+) -> None:
+    """Data, template, tokenizer and model, before a run. Exit code 3 if a check fails.
+
+    sft check chat.jsonl -m MODEL
+    """
+    from sftcli.stages.check import check as stage
+
+    if not model:
+        raise UsageError("no model", hint="-m MODEL, a model folder or a run")
+    options = _options("tokenize", None, [], data=data, columns=columns, template=template, template_text=template_text)
+    if not stage(options, model):
+        raise typer.Exit(int(Exit.DATA))
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, one section a stage.")],
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="RUN", help="The run folder (runs/RECIPE).")] = None,
+    settings: Set = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and count; train nothing.")] = False,
+) -> None:
+    """All stages of a recipe in order; what has not changed is skipped.
+
+    sft run recipes/quickstart.yaml --set train.epochs=2
+    """
+    from sftcli.artifacts import json_line
+    from sftcli.recipe import dump_recipe, load_recipe
+    from sftcli.stages import run as stage
+
+    whole = load_recipe(recipe, list(settings))
+    if dry_run:
+        print(dump_recipe(whole), end="", flush=True)
+        sys.stdout.buffer.write(json_line(stage.dry_run(whole)))
+        return
+    results = stage.run(whole, output or str(Path("runs", Path(recipe).stem)))
+    if results:
+        sys.stdout.buffer.write(json_line(results))

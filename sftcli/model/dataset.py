@@ -1,0 +1,77 @@
+"""Rows on disk as a model is to see them: checked against it, split, and what ends their turns."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from sftcli.errors import DataError
+from sftcli.model.batches import shuffled
+from sftcli.model.gpt import GPTConfig
+from sftcli.rowfile import RowFile
+from sftcli.rows import IGNORE
+
+HELD_OUT_EPOCH = (1 << 20) - 1  # the shuffle that picks held-out rows: no epoch of a run
+
+
+def column(rows: RowFile, name: str) -> Tensor:
+    """A column of a row file as a tensor over the same memory (read only)."""
+    view = rows.columns[name]
+    kind = {"q": torch.int64, "i": torch.int32, "f": torch.float32, "B": torch.uint8}[view.format]
+    return torch.frombuffer(view, dtype=kind) if len(view) else torch.empty(0, dtype=kind)
+
+
+def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
+    """Raise DataError for the first row that the model cannot take: none at all, too long, ids beyond the vocabulary."""
+    if len(rows) == 0:
+        raise DataError("no rows to train on", where, hint="see what `sft mask` said it dropped")
+    offsets = column(rows, "offsets")
+    lengths = offsets.diff()
+    if (long := (lengths > config.context).nonzero()).numel():
+        i = int(long[0])
+        raise DataError(
+            f"row {rows[i].id!r} (number {i + 1}) has {int(lengths[i])} tokens, the model's context is {config.context} "
+            f"({len(long):,} such rows)",
+            where,
+            hint=f"sft mask --max-length {config.context}",
+        )
+    ids = column(rows, "input_ids")
+    outside = ((ids < 0) | (ids >= config.vocab_size)).nonzero()
+    if outside.numel():
+        token = int(outside[0])
+        i = int((offsets <= token).sum()) - 1
+        raise DataError(
+            f"row {rows[i].id!r} (number {i + 1}) has id {int(ids[token])}, the model's vocabulary has {config.vocab_size}",
+            where,
+            "$.input_ids",
+        )
+    if not bool((column(rows, "labels") != IGNORE).any()):
+        raise DataError("no token of any row is trained", where)
+
+
+def trained_stops(rows: RowFile, special_ids: Collection[int]) -> list[int]:
+    """The special tokens that end a turn of the model (without turns: a run of labels) and are trained there."""
+    ids, trained, offsets = column(rows, "input_ids"), column(rows, "labels") != IGNORE, column(rows, "offsets")
+    ends = trained & ~torch.cat([trained[1:], torch.zeros(1, dtype=torch.bool)])  # last token of each run of labels
+    ends[offsets[1:] - 1] |= trained[offsets[1:] - 1]
+    turns = column(rows, "turns").view(-1, 3)
+    of_row = column(rows, "turns.offsets").diff()
+    if len(turns):
+        in_row = torch.repeat_interleave(torch.arange(len(rows)), of_row)
+        has_turns = torch.repeat_interleave(of_row > 0, offsets.diff())
+        ends &= ~has_turns
+        last = offsets[in_row] + turns[:, 1].long() - 1
+        ends[last] |= trained[last]
+    found = ids[ends].unique().tolist()
+    return [token for token in found if token in special_ids]
+
+
+def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(rows to train on, held-out rows): a pure function of (count, share, seed), each in file order."""
+    if not share:
+        return list(range(count)), []
+    held = min(max(1, round(share * count)), count - 1)
+    order = shuffled(count, seed, HELD_OUT_EPOCH)
+    return sorted(order[held:]), sorted(order[:held])
+
+

@@ -1,0 +1,91 @@
+"""Checkpoints of a run: what a later process needs to go on as if nothing had happened.
+
+A checkpoint is a folder `step-N` that appears under its name only when complete: weights and optimizer state as
+safetensors, the rest as JSON. Order, learning rate and dropout are functions of (seed, step) and need no state.
+"""
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch.optim import Optimizer
+
+from sftcli.artifacts import CHECKPOINTS, cannot_write, read_json, write_json
+from sftcli.errors import CheckpointError
+from sftcli.model.checkpoint import replace_folder, write_tensors
+from sftcli.model.gpt import GPT
+from sftcli.model.optim import load_state_tensors, state_tensors
+
+TRAINED, STATE, OPTIMIZER = "trained.safetensors", "state.json", "optimizer.safetensors"
+RNG = "rng"  # torch's CPU generator, beside the optimizer's tensors
+
+
+def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: dict[str, Any], keep: int) -> Path:
+    """Write checkpoints/step-N and then let go of all but the newest `keep` (and the best, if `facts` names one)."""
+    folder = run / CHECKPOINTS / f"step-{step:06}"
+    temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        write_tensors(temporary / TRAINED, weights)
+        state = {name: value.cpu() for name, value in state_tensors(model, optimizers).items()}
+        write_tensors(temporary / OPTIMIZER, state | {RNG: torch.get_rng_state()})
+        write_json(temporary / STATE, {"step": step, "torch": torch.__version__, **facts})
+        replace_folder(temporary, folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    best = facts.get("best_step")
+    for old in checkpoints(run)[:-keep]:
+        if _step_of(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if (path / STATE).is_file()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    found = re.fullmatch(r"step-(\d+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def load(folder: Path, model: GPT, optimizers: list[Optimizer]) -> dict[str, Any]:
+    """Put a checkpoint back into a model and its optimizers; returns its facts. Raises CheckpointError."""
+    facts: dict[str, Any] = read_json(folder / STATE)
+    load_weights(folder, model)
+    try:
+        state = load_file(folder / OPTIMIZER)
+        torch.set_rng_state(state.pop(RNG))
+        load_state_tensors(model, optimizers, state)
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder / OPTIMIZER} is damaged: {error}") from None
+    return facts
+
+
+def load_weights(folder: Path, model: GPT) -> None:
+    """Only the weights of a checkpoint (the best one, at the end of a run with patience)."""
+    parameters = dict(model.named_parameters())
+    try:
+        for name, value in load_file(folder / TRAINED).items():
+            with torch.no_grad():
+                parameters[name].copy_(value)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / TRAINED} is damaged: {error}") from None
+
+
+def remove_leftovers(run: Path) -> None:
+    """What a killed process left half-written."""
+    if (run / CHECKPOINTS).is_dir():
+        for name in os.listdir(run / CHECKPOINTS):
+            if name.startswith((".tmp-", ".old-")):
+                shutil.rmtree(run / CHECKPOINTS / name, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""sft check: data, template, tokenizer and model, before a run."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftcli import artifacts, console
+from sftcli.artifacts import read_json
+from sftcli.errors import DataError, UsageError
+from sftcli.recipe import Tokenize
+from sftcli.stages.common import codec_for, read_lines_of, template_for
+from sftcli.text.records import Conversation, read_record, renamed
+from sftcli.text.template import Rendered, Speaker
+from sftcli.text.tokenizer import Codec
+
+BATCH = 256
+MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "yellow")}
+
+
+@dataclass
+class Findings:
+    """What was seen in the rows; the first place of each trouble."""
+
+    rows: int = 0
+    turns: int = 0
+    longest: int = 0
+    longest_at: str = ""
+    too_long: int = 0
+    bos_counts: Counter[int] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
+    control_in_content: Counter[str] = field(default_factory=Counter)
+    top_id: int = 0
+    not_a_prefix: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def check(options: Tokenize, model: str) -> bool:
+    """Print one line a check on stdout; True if none failed."""
+    if not options.data:
+        raise UsageError("no data", hint="sft check FILE... -m MODEL")
+    folder = artifacts.model_folder(model)
+    codec = codec_for(model, None)
+    template = template_for(codec, model, options.template, options.template_text, options.columns)
+    config = read_json(folder / "config.json")
+    context = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
+    found = _examine(options, codec, Speaker(template, codec.ends), template.wanted, context)
+    results = _judge(found, codec, config, context)
+    screen = console.console(stderr=False)
+    for passed, name, text in results:
+        mark, style = MARKS[passed]
+        screen.print(console.styled([(f"{mark:>5}  ", style), (f"{name:<18} ", "bold"), (text, "")]))
+    return all(passed is not False for passed, _, _ in results)
+
+
+def _examine(
+    options: Tokenize, codec: Codec, speaker: Speaker, wanted: tuple[str, ...], context: int | None
+) -> Findings:
+    found = Findings()
+    batch: list[tuple[str, Conversation, list[Rendered], Rendered]] = []
+    for where, _, fields in read_lines_of(options.data):
+        found.rows += 1
+        try:
+            if isinstance(fields, DataError):
+                raise fields
+            record = read_record(renamed(fields, options.columns, where), where, found.rows, wanted)
+            if record.shape != "tokens":
+                batch.append((where, record, speaker.documents(record), speaker.prompt(record)[0]))
+        except DataError as error:
+            found.refused.append(str(error.located(where)))
+        if len(batch) == BATCH:
+            _examine_batch(batch, codec, context, found)
+            batch = []
+    _examine_batch(batch, codec, context, found)
+    return found
+
+
+def _examine_batch(
+    batch: list[tuple[str, Conversation, list[Rendered], Rendered]], codec: Codec, context: int | None, found: Findings
+) -> None:
+    encoded = iter(codec.encode([text for _, _, texts, _ in batch for text in texts]))
+    prompts = codec.encode([prompt for *_, prompt in batch])
+    bos = codec.added.get(codec.specials.get("bos_token", ""))
+    for (where, record, texts, _), (prompt, _) in zip(batch, prompts, strict=True):
+        documents = [next(encoded) for _ in texts]
+        for ids, segments in documents:
+            if len(ids) > found.longest:
+                found.longest, found.longest_at = len(ids), where
+            found.too_long += bool(context and len(ids) > context)
+            found.top_id = max(found.top_id, *ids) if ids else found.top_id
+            if bos is not None:
+                found.bos_counts[ids.count(bos)] += 1
+            for segment in segments:
+                if segment.own:
+                    found.turns += 1
+                    found.ends[ids[segment.end - 1]] += segment.weight > 0
+        for text in texts:
+            if codec.control:
+                pieces = (text.text[a:b] for a, b in text.content)
+                found.control_in_content.update(m[0] for piece in pieces for m in codec.control.finditer(piece))
+        answered = bool(record.messages) and record.messages[-1]["role"] == "assistant"
+        if answered and documents and documents[-1][0][: len(prompt)] != prompt:
+            found.not_a_prefix.append(where)
+
+
+def _judge(
+    found: Findings, codec: Codec, config: dict[str, Any], context: int | None
+) -> list[tuple[bool | None, str, str]]:
+    vocabulary = int(config.get("vocab_size", 0))
+    results: list[tuple[bool | None, str, str]] = []
+    refused = f"{len(found.refused):,} refused, first: {found.refused[0]}" if found.refused else "every row was read"
+    results.append((not found.refused and found.rows > 0, "rows", f"{found.rows:,} rows; {refused}"))
+    results.append(_judge_bos(found))
+    stops = {token: n for token, n in found.ends.items() if token in codec.special_ids}
+    named = ", ".join(f"{codec.token_text(token)} {n:,} times" for token, n in stops.items())
+    trained = bool(stops) and sum(stops.values()) > 0
+    told = f"trained: {named}, in {found.turns:,} turns" if trained else "no turn of the model ends with a trained stop token"
+    results.append((trained, "stop token", told))
+    text = f"highest id {found.top_id}, vocabulary {vocabulary}"
+    results.append((found.top_id < vocabulary, "ids", text))
+    text = f"longest row {found.longest:,} tokens ({found.longest_at}), context {context or 'unknown'}"
+    if found.too_long:
+        text += f"; {found.too_long:,} rows are longer: `sft mask --max-length {context}` drops them"
+    results.append((not found.too_long, "lengths", text))
+    total = sum(found.control_in_content.values())
+    common = ", ".join(f"{token} {n:,}" for token, n in found.control_in_content.most_common(3))
+    results.append((None if total else True, "control strings", f"{common} in content, encoded as plain text" if total else "none in content"))
+    bad = found.not_a_prefix
+    text = f"{len(bad):,} rows where it is not, first {bad[0]}" if bad else "what generate feeds begins every training text"
+    results.append((not bad, "prompt is prefix", text))
+    return results
+
+
+def _judge_bos(found: Findings) -> tuple[bool | None, str, str]:
+    if not found.bos_counts:
+        return True, "BOS", "the tokenizer names none"
+    several = sum(n for count, n in found.bos_counts.items() if count > 1)
+    none = found.bos_counts[0]
+    if several:
+        return False, "BOS", f"{several:,} rows have more than one"
+    return (None if none else True), "BOS", f"{none:,} rows have none" if none else "one a row"

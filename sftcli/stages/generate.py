@@ -1,0 +1,204 @@
+"""sft generate: prompts -> completions, in input order, as soon as order allows."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftcli import artifacts, console
+from sftcli.artifacts import json_line, open_output
+from sftcli.errors import CheckpointError, DataError, UsageError
+from sftcli.model.checkpoint import load_model, open_folder
+from sftcli.model.decoding import Completion, Prompt, TextStops, generate, in_order, padded, positions_of
+from sftcli.model.training import choose_engine
+from sftcli.recipe import Generate
+from sftcli.rows import Extra
+from sftcli.stages.common import codec_for, read_lines_of, template_for
+from sftcli.text import pretokenized
+from sftcli.text.records import read_record, renamed
+from sftcli.text.template import Speaker
+from sftcli.text.tokenizer import Codec, stop_ids
+
+TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
+READ_AHEAD = 256  # prompts encoded in one call of the library
+
+
+@dataclass
+class _Asked:
+    """A prompt on its way: what its output line repeats."""
+
+    fields: Extra
+    reference: str | None
+    sample: int
+
+
+@dataclass
+class Summary:
+    """What one run of the stage did."""
+
+    prompts: int = 0
+    completions: int = 0
+    tokens: int = 0
+    stopped: int = 0
+    context_full: int = 0
+
+
+def complete(options: Generate, source: str, model: str, output: str | None, show_batch: bool = False) -> Summary:
+    """Run the stage."""
+    folder = open_folder(artifacts.model_folder(model))
+    if not folder.has_weights:
+        raise CheckpointError(f"{folder.path} has no weights yet", hint="`sft train` makes them")
+    codec = codec_for(model, None)
+    template = template_for(codec, model, options.template, options.template_text, options.columns)
+    engine = choose_engine(options.device, options.dtype)
+    network = load_model(folder).to(engine.device)
+    stops, texts = _stop_set(options, codec, folder.path)
+    asked: deque[_Asked] = deque()
+    summary = Summary()
+    prompts = _prompts(options, source, codec, Speaker(template, codec.ends), template.wanted, asked, summary)
+    if show_batch:
+        prompts = _with_table(prompts, options)
+    with open_output(output) as out, console.live() as line, engine.autocast():
+        counter = console.Counter(line, "generate")
+        for done in in_order(generate(network, prompts, options, stops, _text_stops(codec, texts))):
+            out.write(_line(asked.popleft(), done, codec, texts, options))
+            out.flush()
+            _count(done, summary)
+            counter.add(1)
+    _report(summary)
+    return summary
+
+
+def _stop_set(options: Generate, codec: Codec, folder: Path) -> tuple[list[int], list[str]]:
+    """(ids, texts) that end a row: the folder's stop set and --stop, whose control tokens count as ids."""
+    ids = stop_ids(folder) + [codec.added[text] for text in options.stop if text in codec.added]
+    texts = [text for text in options.stop if text not in codec.added]
+    if "" in texts:
+        raise UsageError("--stop must not be empty")
+    if not ids and not texts:
+        console.warn("generate: no stop token is known: every row runs to --max-new-tokens")
+    return ids, texts
+
+
+def _text_stops(codec: Codec, texts: list[str]) -> TextStops | None:
+    """Whether a stop text stands at the end of the generated ids; only their tail is decoded."""
+    if not texts:
+        return None
+    tail = TAIL + max(map(len, texts))
+
+    def found(ids: list[int]) -> bool:
+        text = codec.decode(ids[-tail:])
+        return any(stop in text for stop in texts)
+
+    return found
+
+
+def _prompts(
+    options: Generate,
+    source: str,
+    codec: Codec,
+    speaker: Speaker,
+    wanted: tuple[str, ...],
+    asked: deque[_Asked],
+    summary: Summary,
+) -> Iterator[Prompt]:
+    """Read, render and encode prompts a batch ahead of the model."""
+    batch: list[tuple[str, _Asked, str, Any]] = []
+    for where, line, fields in read_lines_of([source]):
+        if isinstance(fields, DataError):
+            yield from _encoded(batch, codec, options, asked)
+            raise fields
+        summary.prompts += 1
+        try:
+            batch.append(_prompt(line, fields, where, options, speaker, wanted, summary.prompts))
+        except DataError as error:
+            yield from _encoded(batch, codec, options, asked)
+            raise error.located(where) from None
+        if len(batch) == READ_AHEAD:
+            yield from _encoded(batch, codec, options, asked)
+            batch = []
+    yield from _encoded(batch, codec, options, asked)
+
+
+def _prompt(
+    line: bytes,
+    fields: dict[str, msgspec.Raw],
+    where: str,
+    options: Generate,
+    speaker: Speaker,
+    wanted: tuple[str, ...],
+    number: int,
+) -> tuple[str, _Asked, str, Any]:
+    """(file:line, what its output repeats, key of its random stream, rendered text or ids)."""
+    record = read_record(renamed(fields, options.columns, where), where, number, wanted)
+    if record.shape == "tokens":
+        document, weights = pretokenized.read(line, fields, where, number)
+        end = next((t for t, weight in enumerate(weights or []) if weight), len(document.input_ids))
+        return where, _Asked(fields, None, 0), record.id, document.input_ids[:end]
+    rendered, reference = speaker.prompt(record)
+    return where, _Asked(fields, reference, 0), record.id, rendered
+
+
+def _encoded(
+    batch: list[tuple[str, _Asked, str, Any]], codec: Codec, options: Generate, asked: deque[_Asked]
+) -> Iterator[Prompt]:
+    texts = [text for *_, text in batch if not isinstance(text, list)]
+    ids = iter(codec.encode(texts))
+    for where, ask, key, text in batch:
+        tokens = text if isinstance(text, list) else next(ids)[0]
+        if not tokens:
+            raise DataError("the prompt is empty", where)
+        if max(tokens) >= codec.size or min(tokens) < 0:
+            raise DataError(f"id {max(tokens)} is beyond the vocabulary of {codec.size}", where, "$.input_ids")
+        for sample in range(options.n):
+            asked.append(_Asked(ask.fields, ask.reference, sample))
+            yield Prompt(tokens, key, sample)
+
+
+def _with_table(prompts: Iterator[Prompt], options: Generate) -> Iterator[Prompt]:
+    """Print the first batch as the decoder lays it out: ids, mask and positions."""
+    first = [prompt for prompt, _ in zip(prompts, range(options.batch_size), strict=False)]
+    if first:
+        ids, mask = padded([prompt.ids for prompt in first], options.pad_side)
+        for name, table in (("ids", ids), ("mask", mask), ("positions", positions_of(mask))):
+            console.note(f"{name} ({options.pad_side}-padded):")
+            for row in table.tolist():
+                console.note("  " + " ".join(map(str, row)))
+    yield from first
+    yield from prompts
+
+
+def _line(ask: _Asked, done: Completion, codec: Codec, texts: list[str], options: Generate) -> bytes:
+    text = codec.decode(done.ids)
+    for stop in texts:
+        text = text.partition(stop)[0]
+    line: dict[str, Any] = {**ask.fields, "completion": text, "completion_ids": done.ids}
+    line["finish_reason"] = done.finish_reason
+    if options.n > 1:
+        line["sample"] = ask.sample
+    if ask.reference is not None:
+        line["reference"] = ask.reference
+    return json_line(line)
+
+
+def _count(done: Completion, summary: Summary) -> None:
+    summary.completions += 1
+    summary.tokens += len(done.ids)
+    summary.stopped += done.finish_reason == "stop"
+    if done.context_full and not summary.context_full:
+        console.note(f"generate: completion {done.number + 1} filled the model's context and was ended there")
+    summary.context_full += done.context_full
+
+
+def _report(summary: Summary) -> None:
+    if not summary.prompts:
+        console.warn("generate: the input is empty")
+        return
+    full = f", {summary.context_full:,} of them at the end of the context" if summary.context_full else ""
+    console.note(
+        f"generate: {summary.prompts:,} prompts, {summary.completions:,} completions of {summary.tokens:,} tokens; "
+        f"{summary.stopped:,} stopped by themselves, {summary.completions - summary.stopped:,} at the length limit{full}"
+    )

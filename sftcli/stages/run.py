@@ -1,0 +1,189 @@
+"""sft run: the stages of a recipe in order; what has not changed is not done again."""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sftcli import __version__, artifacts, console
+from sftcli.artifacts import BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
+from sftcli.errors import UsageError
+from sftcli.recipe import Recipe, dump_recipe
+
+NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL}
+SHOWN_ANSWERS = 3
+
+
+def run(recipe: Recipe, output: str) -> dict[str, Any]:
+    """Run every stage of the recipe into a run folder; returns the evaluation (empty if there is none)."""
+    begin = time.monotonic()
+    folder = artifacts.make_folder(output, NAMES)
+    with artifacts.atomic_file(folder / RECIPE) as file:
+        file.write(dump_recipe(recipe).encode())
+    model = _base(recipe, folder)
+    _data(recipe, folder, model)
+    _train(recipe, folder, model)
+    if recipe.generate and recipe.generate.prompts:
+        _generate(recipe, folder)
+    results = _evaluate(recipe, folder) if recipe.evaluate else {}
+    console.note(f"run: done in {console.clock(time.monotonic() - begin)}; everything is in {folder}")
+    return results
+
+
+class _Stage:
+    """A stage of this run: skipped if its settings, its inputs and its outputs are those of the last time."""
+
+    def __init__(self, folder: Path, name: str, settings: Any, inputs: list[str | Path], outputs: list[str]):
+        self.folder, self.name = folder, name
+        self.outputs = [folder / output for output in outputs]
+        text = json.dumps([__version__, settings], sort_keys=True)
+        self.key = artifacts.fingerprint(text, *(_content(path) for path in inputs))
+
+    def unchanged(self) -> bool:
+        done = self._recorded().get(self.name, {})
+        same = done.get("key") == self.key and done.get("outputs") == [_content(path) for path in self.outputs]
+        if same:
+            console.note(f"{self.name}: nothing has changed, skipped")
+        else:
+            console.note(f"{self.name}:")
+        return same
+
+    def done(self) -> None:
+        entry = {"key": self.key, "outputs": [_content(path) for path in self.outputs]}
+        artifacts.update_json(self.folder / RUN, {"stages": self._recorded() | {self.name: entry}})
+
+    def _recorded(self) -> dict[str, Any]:
+        path = self.folder / RUN
+        stages = artifacts.read_json(path).get("stages", {}) if path.is_file() else {}
+        return stages if isinstance(stages, dict) else {}
+
+
+def _content(path: str | Path) -> str:
+    """A fingerprint of a file, or of all files in a folder; '' where there is nothing."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        return artifacts.fingerprint(*(f"{p.name} {artifacts.file_fingerprint(p)}" for p in files))
+    return artifacts.file_fingerprint(path) if path.is_file() else ""
+
+
+def _settings(section: Any) -> Any:
+    return section.model_dump(mode="json")
+
+
+def _base(recipe: Recipe, folder: Path) -> str:
+    """The model to start from: the recipe's, or one that `init` makes in base/."""
+    if recipe.model:
+        return recipe.model
+    if not recipe.init:
+        raise UsageError("the recipe names no model", hint="`model: DIR`, or an `init:` section")
+    from sftcli.stages.init import init
+
+    options = recipe.init
+    stage = _Stage(folder, "init", _settings(options), list(options.data), [BASE])
+    if not stage.unchanged():
+        shutil.rmtree(folder / BASE, ignore_errors=True)
+        init(options, str(folder / BASE))
+        stage.done()
+    return str(folder / BASE)
+
+
+def _data(recipe: Recipe, folder: Path, model: str) -> None:
+    from sftcli.stages.mask import mask
+    from sftcli.stages.tokenize import tokenize
+
+    options = recipe.tokenize
+    if not options.data:
+        raise UsageError("the recipe names no data", hint="`tokenize: {data: FILE}`")
+    text_files = [artifacts.model_folder(model) / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+    templates = [options.template] if options.template and Path(options.template).is_file() else []
+    stage = _Stage(folder, "tokenize", _settings(options), [*options.data, *text_files, *templates], [TOKENS])
+    if not stage.unchanged():
+        tokenize(options, model, str(folder / TOKENS))
+        stage.done()
+    stage = _Stage(folder, "mask", _settings(recipe.mask), [folder / TOKENS], [ROWS])
+    if not stage.unchanged():
+        mask(recipe.mask, str(folder / TOKENS), str(folder / ROWS), model=model)
+        stage.done()
+
+
+def _train(recipe: Recipe, folder: Path, model: str) -> None:
+    base = artifacts.model_folder(model)
+    inputs: list[str | Path] = [folder / ROWS, base]
+    inputs += [recipe.train.eval_data] if recipe.train.eval_data else []
+    stage = _Stage(folder, "train", _settings(recipe.train), inputs, [MODEL])
+    if stage.unchanged():
+        return
+    from sftcli.model.resume import checkpoints
+    from sftcli.stages.train import train
+
+    unfinished = bool(checkpoints(folder)) and not (folder / MODEL).is_dir()
+    train(recipe.train, str(folder / ROWS), str(base), str(folder), resumed=unfinished)
+    stage.done()
+
+
+def _generate(recipe: Recipe, folder: Path) -> None:
+    options = recipe.generate
+    assert options and options.prompts
+    stage = _Stage(folder, "generate", _settings(options), [options.prompts, folder / MODEL], [COMPLETIONS])
+    if not stage.unchanged():
+        from sftcli.stages.generate import complete
+
+        complete(options, options.prompts, str(folder / MODEL), str(folder / COMPLETIONS))
+        stage.done()
+    for number, (_, _, fields) in enumerate(artifacts.read_objects(str(folder / COMPLETIONS))):
+        if number == SHOWN_ANSWERS:
+            break
+        reference = f"   (reference: {json.loads(bytes(fields['reference']))})" if "reference" in fields else ""
+        console.note(f"  {_question(fields)}\n    -> {json.loads(bytes(fields['completion']))}{reference}")
+
+
+def _question(fields: dict[str, Any]) -> str:
+    """The question of a completions line, on one line."""
+    if "messages" in fields:
+        asked = [m for m in json.loads(bytes(fields["messages"])) if m.get("role") == "user"]
+        text = asked[-1].get("content") if asked else ""
+    else:
+        text = next((json.loads(bytes(fields[n])) for n in ("prompt", "question", "instruction") if n in fields), "")
+    return " | ".join(str(text).split("\n"))
+
+
+def _evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    from sftcli.stages.evaluate import evaluate_completions
+
+    assert recipe.evaluate
+    results = evaluate_completions(recipe.evaluate, str(folder / COMPLETIONS))
+    artifacts.write_json(folder / EVALUATION, results)
+    scores = ", ".join(f"{name} {results[name]:.1%}" for name in recipe.evaluate.metrics)
+    console.note(f"evaluate: {scores} of {results['completions']:,} completions")
+    return results
+
+
+# ---- --dry-run
+
+
+def dry_run(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe, and counts, steps and a memory estimate of it, measured in a temporary folder."""
+    from sftcli.model.batches import steps_in_run
+    from sftcli.rowfile import RowFile
+
+    with tempfile.TemporaryDirectory(prefix="sft-dry-run-") as temporary:
+        folder = Path(temporary)
+        model = _base(recipe, folder)
+        _data(recipe, folder, model)
+        rows = RowFile(folder / ROWS)
+        lengths = rows.lengths()
+        config = artifacts.read_json(artifacts.model_folder(model) / "config.json")
+    return {
+        "rows": len(lengths),
+        "tokens": sum(lengths),
+        "longest_row": max(lengths),
+        "steps": steps_in_run(lengths, recipe.train),
+        **memory(config, recipe, max(lengths)),
+    }
+
+
+def memory(config: dict[str, Any], recipe: Recipe, longest: int) -> dict[str, int]:
+    return {}
