@@ -143,7 +143,7 @@ class RowFile:
             size = file.seek(0, 2)
             if size < 8:
                 raise CheckpointError(f"{path} is not a safetensors file: {size} bytes")
-            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         (length,) = struct.unpack("<Q", self.bytes[:8])
         if length > min(size - 8, 100_000_000):
             raise CheckpointError(f"{path} is not a safetensors file, or is cut off: header of {length} bytes")

@@ -15,7 +15,7 @@ HELD_OUT_EPOCH = (1 << 20) - 1  # the shuffle that picks held-out rows: no epoch
 
 
 def column(rows: RowFile, name: str) -> Tensor:
-    """A column of a row file as a tensor over the same memory (read only)."""
+    """A column of a row file as a tensor over the same memory (not to be written to)."""
     view = rows.columns[name]
     kind = {"q": torch.int64, "i": torch.int32, "f": torch.float32, "B": torch.uint8}[view.format]
     return torch.frombuffer(view, dtype=kind) if len(view) else torch.empty(0, dtype=kind)

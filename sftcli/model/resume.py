@@ -35,7 +35,7 @@ def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: d
         write_tensors(temporary / TRAINED, weights)
         state = {name: value.cpu() for name, value in state_tensors(model, optimizers).items()}
         write_tensors(temporary / OPTIMIZER, state | {RNG: torch.get_rng_state()})
-        write_json(temporary / STATE, {"step": step, "torch": torch.__version__, **facts})
+        write_json(temporary / STATE, {"step": step, "torch": str(torch.__version__), **facts})
         replace_folder(temporary, folder)
     except OSError as error:
         raise cannot_write(folder, error) from None

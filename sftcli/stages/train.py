@@ -184,7 +184,7 @@ def _start_over(job: Job) -> int:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     facts = {
         "sftcli": sftcli.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
