@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import msgspec
 
@@ -31,14 +31,14 @@ METRICS, SAMPLES, COMPLETIONS, EVALUATION = "metrics.jsonl", "samples.jsonl", "c
 def open_input(path: str) -> Iterator[BinaryIO]:
     """Open a file, or stdin for `-`; .gz and .zst are recognised by content and streamed."""
     try:
-        raw: BinaryIO = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+        raw: Any = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)  # type: ignore[arg-type]
+    buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
     try:
-        magic = buffered.peek(4)[:4]  # type: ignore[attr-defined]
+        magic = buffered.peek(4)[:4]
         if magic[:2] == b"\x1f\x8b":
-            yield gzip.open(buffered)  # type: ignore[misc]
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
         elif magic == b"\x28\xb5\x2f\xfd":
             yield _zstd_reader(buffered)
         else:

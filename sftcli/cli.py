@@ -56,11 +56,17 @@ app = typer.Typer(
 )
 
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any option of the recipe, e.g. width=192.")]
-RecipeFile = Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="Take this stage's options from a recipe.")]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE", help="Take this stage's options from a recipe.")
+]
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="A model folder or a run.")]
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write (standard output).")]
-Columns = Annotated[str | None, typer.Option(metavar="A=B,...", help="Column names: prompt=question,completion=answer.")]
-Template = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")]
+Columns = Annotated[
+    str | None, typer.Option(metavar="A=B,...", help="Column names: prompt=question,completion=answer.")
+]
+Template = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")
+]
 TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
 
 
@@ -72,7 +78,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
@@ -144,7 +152,9 @@ def tokenize(
     columns: Columns = None,
     template: Template = None,
     template_text: TemplateText = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="FILE|whitespace", help="A tokenizer.json instead of -m.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE|whitespace", help="A tokenizer.json instead of -m.")
+    ] = None,
     on_error: Annotated[str | None, typer.Option(help="fail (default) or skip bad lines.")] = None,
     rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where skipped lines go, with reasons.")] = None,
     recipe: RecipeFile = None,
@@ -177,7 +187,9 @@ def mask(
     tokens: Annotated[str, typer.Argument(metavar="[TOKENS]", help="From sft tokenize, or pretokenised; - .")] = "-",
     output: Output = None,
     show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows, trained tokens in colour.")] = 0,
-    train_on: Annotated[str | None, typer.Option(metavar="RULE", help="own, last, all, after:IDS, between:IDS:IDS.")] = None,
+    train_on: Annotated[
+        str | None, typer.Option(metavar="RULE", help="own, last, all, after:IDS, between:IDS:IDS.")
+    ] = None,
     roles: Annotated[str | None, typer.Option(metavar="A,B", help="Train these roles instead.")] = None,
     no_match: Annotated[str | None, typer.Option(help="drop, error or train rows without the pattern.")] = None,
     eod_mask_loss: Annotated[int | None, typer.Option(metavar="ID", help="Do not train what follows this id.")] = None,
@@ -217,7 +229,9 @@ def mask(
 @app.command()
 def train(
     rows: Annotated[str, typer.Argument(metavar="[ROWS]", help="From sft mask; - .")] = "-",
-    model: Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")
+    ] = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="The run folder.")] = "run",
     epochs: Annotated[float | None, typer.Option(help="Times through the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
@@ -263,7 +277,9 @@ def train(
 
 @app.command()
 def generate(
-    prompts: Annotated[str, typer.Argument(metavar="[PROMPTS]", help="Raw JSONL, the same shapes as for training; - .")] = "-",
+    prompts: Annotated[
+        str, typer.Argument(metavar="[PROMPTS]", help="Raw JSONL, the same shapes as for training; - .")
+    ] = "-",
     model: Model = None,
     output: Output = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows decoded side by side (32).")] = None,
@@ -277,8 +293,12 @@ def generate(
     n: Annotated[int | None, typer.Option("--n", help="Completions a prompt.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random streams, one a row.")] = None,
     pad_side: Annotated[str | None, typer.Option(help="left (default) or right.")] = None,
-    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Byte-equal at any batch size; slower.")] = None,
-    show_batch: Annotated[bool, typer.Option("--show-batch", help="Print ids, mask and positions of the first batch.")] = False,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Byte-equal at any batch size; slower.")
+    ] = None,
+    show_batch: Annotated[
+        bool, typer.Option("--show-batch", help="Print ids, mask and positions of the first batch.")
+    ] = False,
     columns: Columns = None,
     template: Template = None,
     template_text: TemplateText = None,
@@ -321,7 +341,9 @@ def generate(
 def evaluate(
     rows: Annotated[str | None, typer.Argument(metavar="[ROWS]", help="From sft mask.")] = None,
     model: Model = None,
-    per_row: Annotated[str | None, typer.Option(metavar="FILE", help="Write nll per trained token, a line a row.")] = None,
+    per_row: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write nll per trained token, a line a row.")
+    ] = None,
     completions: Annotated[str | None, typer.Option(metavar="FILE", help="Score completions instead.")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="exact_match, token_f1, regex_match.")] = None,
     regex: Annotated[str | None, typer.Option(help="What regex_match compares: its first group.")] = None,
@@ -350,7 +372,9 @@ def evaluate(
 
 @app.command()
 def show(
-    path: Annotated[str, typer.Argument(metavar="FILE", help="Data, tokens, rows, metrics, completions, a model or a run.")],
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="Data, tokens, rows, metrics, completions, a model or a run.")
+    ],
     count: Annotated[int, typer.Option("-n", "--count", help="Lines to show.")] = 3,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Names the tokens.")] = None,
 ) -> None:
@@ -388,7 +412,9 @@ def check(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, one section a stage.")],
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="RUN", help="The run folder (runs/RECIPE).")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="RUN", help="The run folder (runs/RECIPE).")
+    ] = None,
     settings: Set = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and count; train nothing.")] = False,
 ) -> None:

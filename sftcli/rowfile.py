@@ -11,6 +11,7 @@ import struct
 import tempfile
 from array import array
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -19,7 +20,7 @@ from sftcli.errors import CheckpointError
 from sftcli.rows import FORMAT, PER_TOKEN, Row
 
 TYPES = {"I64": ("q", 8), "I32": ("i", 4), "F32": ("f", 4), "U8": ("B", 1)}
-FLAT = {"input_ids": "I32", "labels": "I32"} | {name: "I32" for name in PER_TOKEN} | {"loss_weight": "F32"}
+FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F32"}
 STRINGS = ("id", "align", "objective", "tokenizer", "template", "format", "source")
 PER_TOKEN_DEFAULT: dict[str, Any] = {"loss_weight": 1.0, "block_position_ids": 0, "token_type_ids": 0}
 NONE = -1  # next_sentence_label of a row that has none
@@ -30,7 +31,7 @@ class _Column:
 
     def __init__(self, dtype: str, folder: Path):
         self.dtype, self.count = dtype, 0
-        self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]  # noqa: SIM115
+        self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def extend(self, values: Any) -> None:
         data = bytes(values) if self.dtype == "U8" else array(TYPES[self.dtype][0], values).tobytes()
@@ -120,7 +121,7 @@ def _fill(column: _Column, name: str, writer: RowFileWriter, missing: int) -> No
     offsets = writer.columns["offsets"].file
     offsets.seek(0)
     ends = array("q", offsets.read())
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         column.extend(range(end - start))
 
 
@@ -159,6 +160,7 @@ class RowFile:
 
     def _view(self, base: int, item: dict[str, Any]) -> memoryview:
         start, end = item["data_offsets"]
+        code: Any
         code, width = TYPES[item["dtype"]]
         if not 0 <= start <= end <= len(self.bytes) - base or (end - start) % width:
             raise ValueError(f"data_offsets {start}..{end} outside the file")
@@ -173,20 +175,20 @@ class RowFile:
     def lengths(self) -> list[int]:
         """Tokens of every row."""
         ends = self.offsets.tolist()
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [end - start for start, end in pairwise(ends)]
 
     def __getitem__(self, i: int) -> Row:
         if not 0 <= i < len(self):
             raise IndexError(i)
         start, end = self.offsets[i], self.offsets[i + 1]
-        flat = {name: self.columns[name][start:end].tolist() for name in FLAT if name in self.columns}
+        flat: dict[str, Any] = {name: self.columns[name][start:end].tolist() for name in FLAT if name in self.columns}
         length = end - start
         for name in PER_TOKEN:  # columns at their default are None again, as in JSON lines
             if name in flat and flat[name] == list(_default(name, length)):
                 flat[name] = None
-        texts = {name: self._text(name, i) for name in STRINGS}
+        texts: dict[str, Any] = {name: self._text(name, i) for name in STRINGS}
         for name in ("tokenizer", "template", "source"):
-            texts[name] = texts[name] or None  # type: ignore[assignment]
+            texts[name] = texts[name] or None
         following = self.columns["next_sentence_label"][i] if "next_sentence_label" in self.columns else NONE
         return Row(**flat, **texts, turns=self._turns(i), next_sentence_label=None if following == NONE else following)
 

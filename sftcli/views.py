@@ -90,11 +90,11 @@ def _table(row: Row, weight: Sequence[float], text_of: TokenText) -> "list[Text]
         cells.append((str(at), _cell(text_of(row.input_ids[at])), _cell(target), trained, mark))
     width = max((len(c[1]) for c in cells), default=0)
     lines = [console.styled([(f"{'at':>6}  {'this token':<{max(width, 10)}}     the model must say", "bold")])]
-    for at, given, target, trained, mark in cells:
+    for place, given, target, trained, mark in cells:
         arrow = "->" if trained else "  "
         end = f"{target}  {mark}".rstrip() if trained else f"{target}  (not trained)"
         lines.append(
-            console.styled([(f"{at:>6}  {given:<{max(width, 10)}}  {arrow} {end}", "green" if trained else "dim")])
+            console.styled([(f"{place:>6}  {given:<{max(width, 10)}}  {arrow} {end}", "green" if trained else "dim")])
         )
     if len(shown) > len(cells):
         lines.append(console.styled([(f"{'':>6}  ... {len(shown) - len(cells)} more trained positions", "dim")]))

@@ -65,160 +65,256 @@ def read_table(line):
     return Table(name, names.split("/"), categories.split("/"), numbers.split("/"))
 
 
-TABLES = [read_table(line) for line in """
-books title/code genre/language price/rating/weight
-films title/code genre/language duration/budget/rating
-songs title/code genre/language duration/rating/price
-games title/code genre/language price/rating/stock
-concerts title/code genre/city price/capacity/duration
-courses title/code subject/language price/duration/rating
-cars model/plate color/fuel price/speed/power
-bikes model/serial color/material price/weight/speed
-boats name/code color/material length/speed/capacity
-trains name/code country/fuel speed/capacity/length
-planes model/serial country/size speed/capacity/weight
-hotels name/code city/style price/rating/capacity
-restaurants name/code cuisine/city rating/capacity/area
-cakes name/code flavor/shape price/weight/rating
-fruits name/code color/flavor price/weight/stock
-plants name/code color/season height/price/age
-trees name/code region/size height/age/weight
-dogs name/chip color/size age/weight/height
-cats name/chip color/city age/weight/length
-horses name/chip color/country age/speed/weight
-birds name/chip color/region speed/weight/length
-employees name/email department/city salary/age/score
-students name/email subject/language age/score/height
-teachers name/email subject/city salary/age/rating
-doctors name/email city/language age/salary/fee
-players name/email sport/country score/age/height
-teams name/code sport/city score/budget/rating
-houses address/code city/style rent/area/age
-flats address/code city/size rent/area/height
-offices address/code region/city rent/area/capacity
-shops name/code city/brand rent/area/rating
-desks model/serial material/shape width/height/price
-chairs model/serial color/material price/weight/height
-lamps model/serial color/style power/price/height
-shirts name/code color/size price/stock/rating
-phones model/serial brand/color price/weight/width
-laptops model/serial brand/size price/weight/power
-lakes name/code country/region area/depth/length
-rivers name/code country/region length/width/depth
-museums name/code city/style fee/rating/area
-""".split("\n") if line]
+TABLES = [
+    read_table(line)
+    for line in [
+        "",
+        "books title/code genre/language price/rating/weight",
+        "films title/code genre/language duration/budget/rating",
+        "songs title/code genre/language duration/rating/price",
+        "games title/code genre/language price/rating/stock",
+        "concerts title/code genre/city price/capacity/duration",
+        "courses title/code subject/language price/duration/rating",
+        "cars model/plate color/fuel price/speed/power",
+        "bikes model/serial color/material price/weight/speed",
+        "boats name/code color/material length/speed/capacity",
+        "trains name/code country/fuel speed/capacity/length",
+        "planes model/serial country/size speed/capacity/weight",
+        "hotels name/code city/style price/rating/capacity",
+        "restaurants name/code cuisine/city rating/capacity/area",
+        "cakes name/code flavor/shape price/weight/rating",
+        "fruits name/code color/flavor price/weight/stock",
+        "plants name/code color/season height/price/age",
+        "trees name/code region/size height/age/weight",
+        "dogs name/chip color/size age/weight/height",
+        "cats name/chip color/city age/weight/length",
+        "horses name/chip color/country age/speed/weight",
+        "birds name/chip color/region speed/weight/length",
+        "employees name/email department/city salary/age/score",
+        "students name/email subject/language age/score/height",
+        "teachers name/email subject/city salary/age/rating",
+        "doctors name/email city/language age/salary/fee",
+        "players name/email sport/country score/age/height",
+        "teams name/code sport/city score/budget/rating",
+        "houses address/code city/style rent/area/age",
+        "flats address/code city/size rent/area/height",
+        "offices address/code region/city rent/area/capacity",
+        "shops name/code city/brand rent/area/rating",
+        "desks model/serial material/shape width/height/price",
+        "chairs model/serial color/material price/weight/height",
+        "lamps model/serial color/style power/price/height",
+        "shirts name/code color/size price/stock/rating",
+        "phones model/serial brand/color price/weight/width",
+        "laptops model/serial brand/size price/weight/power",
+        "lakes name/code country/region area/depth/length",
+        "rivers name/code country/region length/width/depth",
+        "museums name/code city/style fee/rating/area",
+        "",
+    ]
+    if line
+]
 
 Kind = namedtuple("Kind", "name weight sql phrasings")
 
 KINDS = [
-    Kind("all_rows", 2, "SELECT * FROM {table}", [
-        "Show all {table}.",
-        "Give me every column of the {table}.",
-        "Display the whole table of {table}.",
-    ]),
-    Kind("column", 5, "SELECT {column} FROM {table}", [
-        "List the {column} of all {table}.",
-        "Show only the {column} of the {table}.",
-        "What is the {column} of each of the {table}?",
-        "For all {table}, give the {column}.",
-    ]),
-    Kind("above", 8, "SELECT {key} FROM {table} WHERE {number} > {n}", [
-        "Which {table} {exceeds} {n}?",
-        "List the {table} with {a_number} above {n}.",
-        "Find {table} whose {number} is greater than {n}.",
-        "Which {table} have {a_number} of more than {n}?",
-        "Name the {table} where the {number} is over {n}.",
-    ]),
-    Kind("below", 8, "SELECT {key} FROM {table} WHERE {number} < {n}", [
-        "Which {table} {falls_below} {n}?",
-        "List the {table} with {a_number} below {n}.",
-        "Find {table} whose {number} is smaller than {n}.",
-        "Which {table} have {a_number} of less than {n}?",
-        "Name the {table} where the {number} is under {n}.",
-    ]),
-    Kind("equal", 9, "SELECT {key} FROM {table} WHERE {category} = '{value}'", [
-        "Which {table} have {value} as their {category}?",
-        "List the {table} whose {category} is {value}.",
-        "Find {table} where the {category} is {value}.",
-        "Name the {table} with the {category} {value}.",
-    ]),
-    Kind("count", 2, "SELECT COUNT(*) FROM {table}", [
-        "How many {table} are there?",
-        "Count all the {table}.",
-        "What is the number of {table}?",
-    ]),
-    Kind("count_equal", 8, "SELECT COUNT(*) FROM {table} WHERE {category} = '{value}'", [
-        "How many {table} have {value} as their {category}?",
-        "Count the {table} whose {category} is {value}.",
-        "What is the number of {table} with the {category} {value}?",
-        "For how many {table} is the {category} {value}?",
-    ]),
-    Kind("average", 5, "SELECT AVG({number}) FROM {table}", [
-        "What is the average {number} of the {table}?",
-        "Find the mean {number} of all {table}.",
-        "On average, what {number} do the {table} have?",
-        "Work out the average {number} over all {table}.",
-    ]),
-    Kind("maximum", 5, "SELECT MAX({number}) FROM {table}", [
-        "What is the {highest} {number} of the {table}?",
-        "Find the maximum {number} among the {table}.",
-        "Give the {highest} {number} found in the {table}.",
-        "Of all {table}, what is the top {number}?",
-    ]),
-    Kind("minimum", 5, "SELECT MIN({number}) FROM {table}", [
-        "What is the {lowest} {number} of the {table}?",
-        "Find the minimum {number} among the {table}.",
-        "Give the {lowest} {number} found in the {table}.",
-        "Of all {table}, what is the bottom {number}?",
-    ]),
-    Kind("total", 4, "SELECT SUM({additive}) FROM {table}", [
-        "What is the total {additive} of the {table}?",
-        "Add up the {additive} of all {table}.",
-        "Find the sum of the {additive} over all {table}.",
-        "What is the combined {additive} of all {table}?",
-    ]),
-    Kind("ascending", 6, "SELECT {key} FROM {table} ORDER BY {number}", [
-        "List the {table} sorted by {number}, {lowest} first.",
-        "Sort the {table} by {number} in ascending order.",
-        "Order the {table} from {lowest} to {highest} {number}.",
-        "Show the {table} by increasing {number}.",
-    ]),
-    Kind("descending", 6, "SELECT {key} FROM {table} ORDER BY {number} DESC", [
-        "List the {table} sorted by {number}, {highest} first.",
-        "Sort the {table} by {number} in descending order.",
-        "Order the {table} from {highest} to {lowest} {number}.",
-        "Show the {table} by decreasing {number}.",
-    ]),
-    Kind("top", 7, "SELECT {key} FROM {table} ORDER BY {number} DESC LIMIT {limit}", [
-        "Which {limit} {table} have the {highest} {number}?",
-        "Show the top {limit} {table} by {number}.",
-        "List the {limit} {table} with the {highest} {number}.",
-        "Name the first {limit} {table} by {number}, {highest} first.",
-    ]),
-    Kind("group", 5, "SELECT {category}, COUNT(*) FROM {table} GROUP BY {category}", [
-        "How many {table} are there for each {category}?",
-        "Count the {table} per {category}.",
-        "Show the number of {table} by {category}.",
-        "For every {category}, count the {table}.",
-    ]),
-    Kind("distinct", 4, "SELECT DISTINCT {category} FROM {table}", [
-        "Which different {category} values do the {table} have?",
-        "List the distinct {category} values of the {table}.",
-        "Show every {category} of the {table} only once.",
-        "What are the unique {category} values of all {table}?",
-    ]),
-    Kind("between", 7, "SELECT {key} FROM {table} WHERE {number} BETWEEN {n} AND {m}", [
-        "Which {table} have {a_number} between {n} and {m}?",
-        "List the {table} with {a_number} from {n} to {m}.",
-        "Find {table} whose {number} lies between {n} and {m}.",
-        "Name the {table} where the {number} is from {n} to {m}.",
-    ]),
-    Kind("both", 8, "SELECT {key} FROM {table} WHERE {category} = '{value}' AND {number} {sign} {n}", [
-        "Which {table} whose {category} is {value} {compares} {n}?",
-        "List the {table} with the {category} {value} and {a_number} {beyond} {n}.",
-        "Find {table} where the {category} is {value} and the {number} is {beyond} {n}.",
-        "Which {table} have {value} as their {category} and {a_number} {beyond} {n}?",
-    ]),
+    Kind(
+        "all_rows",
+        2,
+        "SELECT * FROM {table}",
+        [
+            "Show all {table}.",
+            "Give me every column of the {table}.",
+            "Display the whole table of {table}.",
+        ],
+    ),
+    Kind(
+        "column",
+        5,
+        "SELECT {column} FROM {table}",
+        [
+            "List the {column} of all {table}.",
+            "Show only the {column} of the {table}.",
+            "What is the {column} of each of the {table}?",
+            "For all {table}, give the {column}.",
+        ],
+    ),
+    Kind(
+        "above",
+        8,
+        "SELECT {key} FROM {table} WHERE {number} > {n}",
+        [
+            "Which {table} {exceeds} {n}?",
+            "List the {table} with {a_number} above {n}.",
+            "Find {table} whose {number} is greater than {n}.",
+            "Which {table} have {a_number} of more than {n}?",
+            "Name the {table} where the {number} is over {n}.",
+        ],
+    ),
+    Kind(
+        "below",
+        8,
+        "SELECT {key} FROM {table} WHERE {number} < {n}",
+        [
+            "Which {table} {falls_below} {n}?",
+            "List the {table} with {a_number} below {n}.",
+            "Find {table} whose {number} is smaller than {n}.",
+            "Which {table} have {a_number} of less than {n}?",
+            "Name the {table} where the {number} is under {n}.",
+        ],
+    ),
+    Kind(
+        "equal",
+        9,
+        "SELECT {key} FROM {table} WHERE {category} = '{value}'",
+        [
+            "Which {table} have {value} as their {category}?",
+            "List the {table} whose {category} is {value}.",
+            "Find {table} where the {category} is {value}.",
+            "Name the {table} with the {category} {value}.",
+        ],
+    ),
+    Kind(
+        "count",
+        2,
+        "SELECT COUNT(*) FROM {table}",
+        [
+            "How many {table} are there?",
+            "Count all the {table}.",
+            "What is the number of {table}?",
+        ],
+    ),
+    Kind(
+        "count_equal",
+        8,
+        "SELECT COUNT(*) FROM {table} WHERE {category} = '{value}'",
+        [
+            "How many {table} have {value} as their {category}?",
+            "Count the {table} whose {category} is {value}.",
+            "What is the number of {table} with the {category} {value}?",
+            "For how many {table} is the {category} {value}?",
+        ],
+    ),
+    Kind(
+        "average",
+        5,
+        "SELECT AVG({number}) FROM {table}",
+        [
+            "What is the average {number} of the {table}?",
+            "Find the mean {number} of all {table}.",
+            "On average, what {number} do the {table} have?",
+            "Work out the average {number} over all {table}.",
+        ],
+    ),
+    Kind(
+        "maximum",
+        5,
+        "SELECT MAX({number}) FROM {table}",
+        [
+            "What is the {highest} {number} of the {table}?",
+            "Find the maximum {number} among the {table}.",
+            "Give the {highest} {number} found in the {table}.",
+            "Of all {table}, what is the top {number}?",
+        ],
+    ),
+    Kind(
+        "minimum",
+        5,
+        "SELECT MIN({number}) FROM {table}",
+        [
+            "What is the {lowest} {number} of the {table}?",
+            "Find the minimum {number} among the {table}.",
+            "Give the {lowest} {number} found in the {table}.",
+            "Of all {table}, what is the bottom {number}?",
+        ],
+    ),
+    Kind(
+        "total",
+        4,
+        "SELECT SUM({additive}) FROM {table}",
+        [
+            "What is the total {additive} of the {table}?",
+            "Add up the {additive} of all {table}.",
+            "Find the sum of the {additive} over all {table}.",
+            "What is the combined {additive} of all {table}?",
+        ],
+    ),
+    Kind(
+        "ascending",
+        6,
+        "SELECT {key} FROM {table} ORDER BY {number}",
+        [
+            "List the {table} sorted by {number}, {lowest} first.",
+            "Sort the {table} by {number} in ascending order.",
+            "Order the {table} from {lowest} to {highest} {number}.",
+            "Show the {table} by increasing {number}.",
+        ],
+    ),
+    Kind(
+        "descending",
+        6,
+        "SELECT {key} FROM {table} ORDER BY {number} DESC",
+        [
+            "List the {table} sorted by {number}, {highest} first.",
+            "Sort the {table} by {number} in descending order.",
+            "Order the {table} from {highest} to {lowest} {number}.",
+            "Show the {table} by decreasing {number}.",
+        ],
+    ),
+    Kind(
+        "top",
+        7,
+        "SELECT {key} FROM {table} ORDER BY {number} DESC LIMIT {limit}",
+        [
+            "Which {limit} {table} have the {highest} {number}?",
+            "Show the top {limit} {table} by {number}.",
+            "List the {limit} {table} with the {highest} {number}.",
+            "Name the first {limit} {table} by {number}, {highest} first.",
+        ],
+    ),
+    Kind(
+        "group",
+        5,
+        "SELECT {category}, COUNT(*) FROM {table} GROUP BY {category}",
+        [
+            "How many {table} are there for each {category}?",
+            "Count the {table} per {category}.",
+            "Show the number of {table} by {category}.",
+            "For every {category}, count the {table}.",
+        ],
+    ),
+    Kind(
+        "distinct",
+        4,
+        "SELECT DISTINCT {category} FROM {table}",
+        [
+            "Which different {category} values do the {table} have?",
+            "List the distinct {category} values of the {table}.",
+            "Show every {category} of the {table} only once.",
+            "What are the unique {category} values of all {table}?",
+        ],
+    ),
+    Kind(
+        "between",
+        7,
+        "SELECT {key} FROM {table} WHERE {number} BETWEEN {n} AND {m}",
+        [
+            "Which {table} have {a_number} between {n} and {m}?",
+            "List the {table} with {a_number} from {n} to {m}.",
+            "Find {table} whose {number} lies between {n} and {m}.",
+            "Name the {table} where the {number} is from {n} to {m}.",
+        ],
+    ),
+    Kind(
+        "both",
+        8,
+        "SELECT {key} FROM {table} WHERE {category} = '{value}' AND {number} {sign} {n}",
+        [
+            "Which {table} whose {category} is {value} {compares} {n}?",
+            "List the {table} with the {category} {value} and {a_number} {beyond} {n}.",
+            "Find {table} where the {category} is {value} and the {number} is {beyond} {n}.",
+            "Which {table} have {value} as their {category} and {a_number} {beyond} {n}?",
+        ],
+    ),
 ]
 
 PHRASINGS = [(kind, number) for kind in KINDS for number in range(len(kind.phrasings))]
@@ -254,12 +350,19 @@ def fill_slots(chooser, table):
         "key": chooser.pick(table.names),
         "column": chooser.pick(table.categories + table.numbers),
         "additive": chooser.pick([name for name in table.numbers if MEASURES[name].additive]),
-        "number": number, "a_number": with_article(number),
-        "highest": measure.highest, "lowest": measure.lowest,
-        "exceeds": measure.exceeds, "falls_below": measure.falls_below,
-        "category": category, "value": chooser.pick(VALUES[category]),
-        "n": n, "m": m, "limit": chooser.between(2, 9),
-        "sign": sign, "beyond": {">": "above", "<": "below"}[sign],
+        "number": number,
+        "a_number": with_article(number),
+        "highest": measure.highest,
+        "lowest": measure.lowest,
+        "exceeds": measure.exceeds,
+        "falls_below": measure.falls_below,
+        "category": category,
+        "value": chooser.pick(VALUES[category]),
+        "n": n,
+        "m": m,
+        "limit": chooser.between(2, 9),
+        "sign": sign,
+        "beyond": {">": "above", "<": "below"}[sign],
         "compares": {">": measure.exceeds, "<": measure.falls_below}[sign],
     }
 
@@ -271,8 +374,9 @@ def schema_line(chooser, table, slots, query):
     """
     needed, spare = [], []
     for column in table.categories + table.numbers:
-        used = any(slots[slot] == column and "{%s}" % slot in query
-                   for slot in ("number", "category", "column", "additive"))
+        used = any(
+            slots[slot] == column and "{%s}" % slot in query for slot in ("number", "category", "column", "additive")
+        )
         (needed if used else spare).append(column)
     extra = chooser.between(3 - len(needed), 5 - len(needed))
     columns = needed + chooser.several(spare, extra)
@@ -286,8 +390,7 @@ def make_question(chooser):
     number = chooser.between(0, len(kind.phrasings) - 1)
     table = chooser.pick(TABLES)
     slots = fill_slots(chooser, table)
-    prompt = "%s\n%s" % (schema_line(chooser, table, slots, kind.sql),
-                         kind.phrasings[number].format(**slots))
+    prompt = "%s\n%s" % (schema_line(chooser, table, slots, kind.sql), kind.phrasings[number].format(**slots))
     return table, kind, number, prompt, kind.sql.format(**slots)
 
 
@@ -304,13 +407,14 @@ def make_splits(seed, train_rows, heldout_rows):
         if prompt in queries or len(splits[name]) == wanted[name]:
             continue
         queries[prompt] = query
-        splits[name].append({
-            "id": "%s-%05d" % (name, len(splits[name])),
-            "schema": table.name,
-            "phrasing": "%s-%d" % (kind.name, number + 1),
-            "messages": [{"role": "user", "content": prompt},
-                         {"role": "assistant", "content": query}],
-        })
+        splits[name].append(
+            {
+                "id": "%s-%05d" % (name, len(splits[name])),
+                "schema": table.name,
+                "phrasing": "%s-%d" % (kind.name, number + 1),
+                "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": query}],
+            }
+        )
     check_splits(splits["train"], splits["heldout"])
     return splits["train"], splits["heldout"]
 

@@ -13,7 +13,7 @@ query is left without a key.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from torch import Tensor
 PAD = -1  # the row of pads
 
 
-class Tokens(NamedTuple):
+@dataclass
+class Tokens:
     """Who may see whom: integers of one shape (..., n)."""
 
     row: Tensor

@@ -1,10 +1,11 @@
 """Rows -> steps -> padding-free batches. The one place in this project that shifts labels.
 
-    rows       4 5 6 | 7 8          ids       7 8 4 5 6      (rows of one length side by side)
-    labels     - 5 6 | - 8          positions 0 1 0 1 2
-                                    targets   8 - 5 6 -      (label t is scored at t - 1: the shift)
+rows       4 5 6 | 7 8          ids       7 8 4 5 6      (rows of one length side by side)
+labels     - 5 6 | - 8          positions 0 1 0 1 2
+                                targets   8 - 5 6 -      (label t is scored at t - 1: the shift)
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sftcli.model.attention import Group, RowAttention, Tokens, visible
+from sftcli.recipe import Train
 from sftcli.rows import IGNORE, Row
 
 
@@ -108,14 +110,13 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def steps_of(
-    order: Sequence[int], lengths: Sequence[int], batch_tokens: int, batch_rows: int | None
-) -> Iterator[list[int]]:
+def steps_of(order: Sequence[int], lengths: Sequence[int], options: Train) -> Iterator[list[int]]:
     """Cut an epoch's order into optimizer steps: the next rows that fit, at least one."""
     step: list[int] = []
     tokens = 0
     for i in order:
-        full = len(step) >= batch_rows if batch_rows else tokens + lengths[i] > batch_tokens
+        limit = options.batch_rows
+        full = len(step) >= limit if limit else tokens + lengths[i] > options.batch_tokens
         if step and full:
             yield step
             step, tokens = [], 0
@@ -123,6 +124,18 @@ def steps_of(
         tokens += lengths[i]
     if step:
         yield step
+
+
+def steps_in_run(lengths: Sequence[int], options: Train) -> int:
+    """Optimizer steps of a whole run."""
+    if options.max_steps:
+        return options.max_steps
+    whole, part = divmod(options.epochs, 1)
+    counts = [
+        sum(1 for _ in steps_of(shuffled(len(lengths), options.seed, epoch), lengths, options))
+        for epoch in range(math.ceil(options.epochs))
+    ]
+    return sum(counts[: int(whole)]) + (math.ceil(part * counts[-1]) if part else 0)
 
 
 def micro_batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:

@@ -19,7 +19,14 @@ from sftcli.model.families import Family, Stored, family_of
 from sftcli.model.gpt import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
 MAX_PARAMETERS = 1 << 40
 
 

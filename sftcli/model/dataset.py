@@ -22,7 +22,7 @@ def column(rows: RowFile, name: str) -> Tensor:
 
 
 def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
-    """Raise DataError for the first row that the model cannot take: none at all, too long, ids beyond the vocabulary."""
+    """Raise DataError for the first row that the model cannot take: too long, ids beyond the vocabulary; or for none."""
     if len(rows) == 0:
         raise DataError("no rows to train on", where, hint="see what `sft mask` said it dropped")
     offsets = column(rows, "offsets")
@@ -73,5 +73,3 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     held = min(max(1, round(share * count)), count - 1)
     order = shuffled(count, seed, HELD_OUT_EPOCH)
     return sorted(order[held:]), sorted(order[:held])
-
-

@@ -62,8 +62,13 @@ def padded(rows: Sequence[Sequence[int]], side: str, pad: int = 0) -> tuple[Tens
     """ids and 0/1 mask (B, K) of rows padded on one side to the longest."""
     width = max(map(len, rows))
     left = [(width - len(row) if side == "left" else 0) for row in rows]
-    ids = [[pad] * before + list(row) + [pad] * (width - before - len(row)) for before, row in zip(left, rows, strict=True)]
-    mask = [[0] * before + [1] * len(row) + [0] * (width - before - len(row)) for before, row in zip(left, rows, strict=True)]
+    ids = [
+        [pad] * before + list(row) + [pad] * (width - before - len(row)) for before, row in zip(left, rows, strict=True)
+    ]
+    mask = [
+        [0] * before + [1] * len(row) + [0] * (width - before - len(row))
+        for before, row in zip(left, rows, strict=True)
+    ]
     return torch.tensor(ids), torch.tensor(mask)
 
 
@@ -176,7 +181,11 @@ def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]], apart: b
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompts: Iterable[Prompt], options: Generate, stops: Sequence[int], text_stops: "TextStops | None" = None
+    model: GPT,
+    prompts: Iterable[Prompt],
+    options: Generate,
+    stops: Sequence[int],
+    text_stops: "TextStops | None" = None,
 ) -> Iterator[Completion]:
     """Complete prompts; yields each as it finishes, in any order, numbered by its place in `prompts`.
 
@@ -276,4 +285,3 @@ def in_order(completions: Iterable[Completion]) -> Iterator[Completion]:
         while following in held:
             yield held.pop(following)
             following += 1
-

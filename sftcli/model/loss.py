@@ -34,7 +34,9 @@ class _ProjectedLoss(torch.autograd.Function):
         rows = max(64, CHUNK_LOGITS // weight.shape[0])
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        )
         nll, correct, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

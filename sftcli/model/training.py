@@ -2,16 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from collections.abc import Iterator
 
 import torch
 from torch.optim import Optimizer
 
 from sftcli.errors import Exit, SftError
-from sftcli.model.batches import make_batch, micro_batches, shuffled, steps_of, weight_of
+from sftcli.model.batches import make_batch, micro_batches, shuffled, steps_in_run, steps_of, weight_of
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import lr_share, set_lr
 from sftcli.recipe import Train
@@ -40,16 +39,11 @@ class Plan:
     def __init__(self, lengths: Sequence[int], options: Train):
         self.lengths, self.options = lengths, options
         self._epoch = lru_cache(maxsize=2)(self._steps_of_epoch)
-        self.steps = options.max_steps or self._count()
+        self.steps = steps_in_run(lengths, options)
 
     def _steps_of_epoch(self, epoch: int) -> list[list[int]]:
         order = shuffled(len(self.lengths), self.options.seed, epoch)
-        return list(steps_of(order, self.lengths, self.options.batch_tokens, self.options.batch_rows))
-
-    def _count(self) -> int:
-        whole, part = divmod(self.options.epochs, 1)
-        count = sum(len(self._epoch(epoch)) for epoch in range(int(whole)))
-        return count + math.ceil(part * len(self._epoch(int(whole)))) if part else count
+        return list(steps_of(order, self.lengths, self.options))
 
     def from_step(self, step: int) -> Iterator[tuple[list[int], float, bool]]:
         """(rows, epochs seen after it, whether it ends an epoch) of every step after the first `step`."""

@@ -113,7 +113,11 @@ def _judge(
     stops = {token: n for token, n in found.ends.items() if token in codec.special_ids}
     named = ", ".join(f"{codec.token_text(token)} {n:,} times" for token, n in stops.items())
     trained = bool(stops) and sum(stops.values()) > 0
-    told = f"trained: {named}, in {found.turns:,} turns" if trained else "no turn of the model ends with a trained stop token"
+    told = (
+        f"trained: {named}, in {found.turns:,} turns"
+        if trained
+        else "no turn of the model ends with a trained stop token"
+    )
     results.append((trained, "stop token", told))
     text = f"highest id {found.top_id}, vocabulary {vocabulary}"
     results.append((found.top_id < vocabulary, "ids", text))
@@ -123,9 +127,19 @@ def _judge(
     results.append((not found.too_long, "lengths", text))
     total = sum(found.control_in_content.values())
     common = ", ".join(f"{token} {n:,}" for token, n in found.control_in_content.most_common(3))
-    results.append((None if total else True, "control strings", f"{common} in content, encoded as plain text" if total else "none in content"))
+    results.append(
+        (
+            None if total else True,
+            "control strings",
+            f"{common} in content, encoded as plain text" if total else "none in content",
+        )
+    )
     bad = found.not_a_prefix
-    text = f"{len(bad):,} rows where it is not, first {bad[0]}" if bad else "what generate feeds begins every training text"
+    text = (
+        f"{len(bad):,} rows where it is not, first {bad[0]}"
+        if bad
+        else "what generate feeds begins every training text"
+    )
     results.append((not bad, "prompt is prefix", text))
     return results
 

@@ -77,7 +77,7 @@ def evaluate_completions(options: Evaluate, source: str) -> dict[str, Any]:
     if "regex_match" in options.metrics and not options.regex:
         raise UsageError("the metric regex_match needs a regex", hint=r"--regex '#### (\S+)'")
     pattern = _compiled(options.regex)
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = dict.fromkeys(options.metrics, 0.0)
     count = without = 0
     for where, _, fields in read_objects(source):
         if "completion" not in fields:

@@ -78,9 +78,7 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
     return summary
 
 
-def _made(
-    options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summary: Summary
-) -> Iterator[Made]:
+def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summary: Summary) -> Iterator[Made]:
     """Every document that leaves something to train, as a row that fits; the others are counted by reason."""
     for where, line, fields in read_lines_of([source]):
         if isinstance(fields, DataError):
@@ -88,7 +86,9 @@ def _made(
         summary.rows += 1
         try:
             made = _row(line, fields, where, summary.rows, rule, options)
-            limit = options.max_length or (options.seq_len + 1 if options.format == "neox" and options.seq_len else None)
+            limit = options.max_length or (
+                options.seq_len + 1 if options.format == "neox" and options.seq_len else None
+            )
             if not made.row.trained():
                 raise causal.NothingTrained("nothing trained")
             if limit and len(made.row.input_ids) > limit:
@@ -120,7 +120,9 @@ def _row(
         extra = pretokenized.unknown_fields(fields)
         if given is None and options.train_on in ("own", "last"):
             raise DataError(
-                "input_ids with neither segments nor labels nor loss_mask", where, hint="or say --train-on all|after:IDS"
+                "input_ids with neither segments nor labels nor loss_mask",
+                where,
+                hint="or say --train-on all|after:IDS",
             )
     else:
         raise DataError(

@@ -97,7 +97,10 @@ def _data(recipe: Recipe, folder: Path, model: str) -> None:
     options = recipe.tokenize
     if not options.data:
         raise UsageError("the recipe names no data", hint="`tokenize: {data: FILE}`")
-    text_files = [artifacts.model_folder(model) / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+    text_files = [
+        artifacts.model_folder(model) / name
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    ]
     templates = [options.template] if options.template and Path(options.template).is_file() else []
     stage = _Stage(folder, "tokenize", _settings(options), [*options.data, *text_files, *templates], [TOKENS])
     if not stage.unchanged():

@@ -105,7 +105,9 @@ def _show_metrics(steps: list[Fields]) -> None:
     screen.print(console.styled([("".join(f"{name:>18}" for name in names), "bold")]))
     for i in sorted(spaced | (evaluated if len(evaluated) <= METRIC_LINES else set())):
         values = {name: msgspec.json.decode(steps[i][name]) for name in names if name in steps[i]}
-        cells = [f"{values[name]:.4g}" if name in values and name != "step" else str(values.get(name, "")) for name in names]
+        cells = [
+            f"{values[name]:.4g}" if name in values and name != "step" else str(values.get(name, "")) for name in names
+        ]
         screen.print(console.styled([("".join(f"{cell:>18}" for cell in cells), "")]))
 
 
@@ -122,7 +124,15 @@ def _show_folder(folder: Path) -> None:
         parts += [("files", ", ".join(sorted(path.name for path in folder.iterdir() if path.name[0] != ".")))]
     if (model / "config.json").is_file():
         config = artifacts.read_json(model / "config.json")
-        sizes = ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size", "max_position_embeddings", "n_positions")
+        sizes = (
+            "hidden_size",
+            "n_embd",
+            "num_hidden_layers",
+            "n_layer",
+            "vocab_size",
+            "max_position_embeddings",
+            "n_positions",
+        )
         parts.append(("model", str(config.get("model_type"))))
         parts += [(key, str(config[key])) for key in sizes if key in config]
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))

@@ -209,7 +209,7 @@ def _resume(job: Job) -> int:
         else:
             raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
     step = int(facts["step"])
-    job.best = tuple(facts["best"]) if facts.get("best") else None  # type: ignore[assignment]
+    job.best = tuple(facts["best"]) if facts.get("best") else None
     job.since_best = int(facts.get("since_best", 0))
     for name in (METRICS, SAMPLES):
         _cut_back(job.run / name, step)

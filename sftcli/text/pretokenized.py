@@ -15,7 +15,7 @@ KNOWN = {"id", "input_ids", "labels", "loss_mask", "attention_mask", "source", "
 
 
 class Tokens(msgspec.Struct):
-    """A pretokenised line. `loss_mask` of one value less than ids belongs to the targets (GPT-NeoX), else to the ids."""
+    """A pretokenised line. A `loss_mask` one shorter than the ids belongs to the targets (GPT-NeoX), else to the ids."""
 
     input_ids: list[int]
     labels: list[int] | None = None
@@ -26,7 +26,9 @@ class Tokens(msgspec.Struct):
     template: str | None = None
 
 
-def read(line: bytes, fields: Mapping[str, msgspec.Raw], where: str, number: int) -> tuple[Document, list[float] | None]:
+def read(
+    line: bytes, fields: Mapping[str, msgspec.Raw], where: str, number: int
+) -> tuple[Document, list[float] | None]:
     """The document of a pretokenised line and, if it brings a mask, its weights. Raises DataError with the field."""
     given = decode_json(line, where, Tokens)
     length = len(given.input_ids)

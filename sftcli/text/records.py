@@ -115,7 +115,7 @@ def read_record(
     return record
 
 
-_COMMON = {name: hint for name, hint in Common.__annotations__.items()}
+_COMMON = dict(Common.__annotations__)
 _SHAPE_FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations", "system"),

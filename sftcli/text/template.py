@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.compiler
@@ -51,7 +51,7 @@ class Rendered:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`, as transformers has it; the block itself changes no text."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -72,13 +72,13 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _CodeGenerator
-    concat = staticmethod(concat)  # type: ignore[assignment]
+    concat = staticmethod(concat)
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Repetition and formatting of text can ask for gigabytes: numbers only."""
         if isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
-            if operator == "*" and max(_size(left), 1) * max(_size(right), 1) > MAX_OUTPUT or operator == "**":
+            if (operator == "*" and max(_size(left), 1) * max(_size(right), 1) > MAX_OUTPUT) or operator == "**":
                 raise jinja2.sandbox.SecurityError("repetition is too long")
             if operator == "%" and re.search(r"\d{4,}|\*", str(left)):
                 raise jinja2.sandbox.SecurityError("format width is too large")
@@ -205,19 +205,20 @@ def text_template(text: str, columns: Mapping[str, str]) -> str:
             hint=f"one of {{{'}, {'.join(COMPLETION_NAMES)}}}, or map it: --columns completion=NAME",
         )
     header = json.dumps({"text": text, "fields": fields}, ensure_ascii=True).replace("#}", "#\\u007d")
+    after = json.dumps(literals[-1], ensure_ascii=False)
     return (
         f"{{#- sft {header} -#}}\n"
         f"{{%- set before = {json.dumps(literals[:-1], ensure_ascii=False)} %}}\n"
         "{%- for message in messages %}\n"
         "{%- set place = loop.index0 % before | length %}\n"
         "{%- if (message.role == 'assistant') != (place == before | length - 1) %}\n"
-        f"{{{{- raise_exception('this text template takes {len(fields) - 1} prompt field(s), then the completion') }}}}\n"
+        f"{{{{- raise_exception('a text template of {len(fields) - 1} prompt field(s), then the completion') }}}}\n"
         "{%- endif %}\n"
         "{%- if place < before | length - 1 %}\n"
         "{{- before[place] + message.content }}\n"
         "{{- before[-1] if place == before | length - 2 else '' }}\n"
         "{%- else %}\n"
-        f"{{{{- (before[0] if before | length == 1 else '') + message.content + {json.dumps(literals[-1], ensure_ascii=False)} }}}}\n"
+        f"{{{{- (before[0] if before | length == 1 else '') + message.content + {after} }}}}\n"
         "{%- endif %}\n"
         "{%- endfor %}\n"
         "{%- if add_generation_prompt and before | length == 1 %}\n"
@@ -272,7 +273,9 @@ class Speaker:
         if all(whole.startswith(turn.text[: turn.end]) for turn in turns):
             return [self._described(conversation, whole, turns, turns)]
         return [
-            self._described(conversation, turn.text, [t for t in turns if turn.text.startswith(t.text[: t.end])], [turn])
+            self._described(
+                conversation, turn.text, [t for t in turns if turn.text.startswith(t.text[: t.end])], [turn]
+            )
             for turn in turns
         ]
 
@@ -330,7 +333,9 @@ class Speaker:
                 hint="the turn lacks something the template opens with (reasoning, for example), or use --template",
             )
         start = len(prompt)
-        said = max((end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start)
+        said = max(
+            (end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start
+        )
         return _Turn(i, start, text, self._turn_end(text, max(said, start)))
 
     def _turn_end(self, text: str, said: int) -> int:

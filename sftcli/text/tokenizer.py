@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Counts:
 
 
 class Codec:
-    """A tokenizer and what is known of its control tokens. Never adds special tokens by itself: templates write them."""
+    """A tokenizer and what is known of its control tokens. It adds no special tokens by itself: templates write them."""
 
     def __init__(self, definition: bytes, name: str, specials: dict[str, str] | None = None):
         try:
@@ -184,7 +185,7 @@ class _Bounds:
     count: int
 
     def token_at(self, char: int) -> int:
-        """The first token that starts at or after a character; a token belongs to the segment of its first character."""
+        """The first token that starts at or after a character: a token belongs where its first character does."""
         if char <= 0:
             return 0
         if char >= self.length:
@@ -209,14 +210,14 @@ class _Bounds:
 def _between_cuts(text: Rendered) -> list[tuple[int, int]]:
     """The stretches of a text between hard cuts, empty ones left out."""
     cuts = [0, *text.cuts, len(text.text)]
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(cuts) if a < b]
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:
     """No truncation, padding or post-processor: offsets stay true and nothing is added."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.post_processor = None  # type: ignore[assignment]
+    tokenizer.post_processor = None
     return tokenizer
 
 

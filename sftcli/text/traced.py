@@ -60,18 +60,19 @@ class Traced(str):
     def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
         return self._located(str.rsplit(self, sep, maxsplit))
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         return self._located(str.splitlines(self, keepends))
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         return tuple(self._located(str.partition(self, sep)))  # type: ignore[return-value]
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         return tuple(self._located(str.rpartition(self, sep)))  # type: ignore[return-value]
 
     def _located(self, pieces: Iterable[str]) -> list[str]:
         """Pieces that follow each other in this text, each with its own part of the trace."""
-        found, at = [], 0
+        found: list[str] = []
+        at = 0
         for piece in pieces:
             at = str.find(self, piece, at)
             found.append(self[at : at + len(piece)])

@@ -12,7 +12,7 @@ FAMILIES = ("gpt2", "llama")  # a name here is a file beside this one and a mode
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the family's files have it: ours, concatenated along the outputs, transposed where they are [in, out]."""
+    """A tensor of the family's files: ours, concatenated along the outputs, transposed where stored as [in, out]."""
 
     name: str
     ours: tuple[str, ...]
@@ -42,7 +42,7 @@ def family_of(config: dict[str, Any]) -> Family:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise CheckpointError(f"model_type {kind!r} is not supported", hint=f"supported: {', '.join(FAMILIES)}")
-    return import_module(f"{__name__}.{kind}")  # type: ignore[return-value]
+    return import_module(f"{__name__}.{kind}")
 
 
 def refuse(config: dict[str, Any], **accepted: tuple[Any, ...]) -> None:
