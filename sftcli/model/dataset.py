@@ -22,7 +22,7 @@ def column(rows: RowFile, name: str) -> Tensor:
 
 
 def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
-    """Raise DataError for the first row that the model cannot take: too long, ids beyond the vocabulary; or for none."""
+    """Raise DataError for the first row that the model cannot take (too long, ids beyond the vocabulary), or for none."""
     if len(rows) == 0:
         raise DataError("no rows to train on", where, hint="see what `sft mask` said it dropped")
     offsets = column(rows, "offsets")
@@ -30,8 +30,8 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
     if (long := (lengths > config.context).nonzero()).numel():
         i = int(long[0])
         raise DataError(
-            f"row {rows[i].id!r} (number {i + 1}) has {int(lengths[i])} tokens, the model's context is {config.context} "
-            f"({len(long):,} such rows)",
+            f"row {rows[i].id!r} (number {i + 1}) has {int(lengths[i])} tokens, the model's context is "
+            f"{config.context} ({len(long):,} such rows)",
             where,
             hint=f"sft mask --max-length {config.context}",
         )
@@ -41,7 +41,8 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
         token = int(outside[0])
         i = int((offsets <= token).sum()) - 1
         raise DataError(
-            f"row {rows[i].id!r} (number {i + 1}) has id {int(ids[token])}, the model's vocabulary has {config.vocab_size}",
+            f"row {rows[i].id!r} (number {i + 1}) has id {int(ids[token])}, "
+            f"the model's vocabulary has {config.vocab_size}",
             where,
             "$.input_ids",
         )

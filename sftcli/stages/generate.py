@@ -198,7 +198,8 @@ def _report(summary: Summary) -> None:
         console.warn("generate: the input is empty")
         return
     full = f", {summary.context_full:,} of them at the end of the context" if summary.context_full else ""
+    cut = summary.completions - summary.stopped
     console.note(
         f"generate: {summary.prompts:,} prompts, {summary.completions:,} completions of {summary.tokens:,} tokens; "
-        f"{summary.stopped:,} stopped by themselves, {summary.completions - summary.stopped:,} at the length limit{full}"
+        f"{summary.stopped:,} stopped by themselves, {cut:,} at the length limit{full}"
     )

@@ -15,7 +15,7 @@ KNOWN = {"id", "input_ids", "labels", "loss_mask", "attention_mask", "source", "
 
 
 class Tokens(msgspec.Struct):
-    """A pretokenised line. A `loss_mask` one shorter than the ids belongs to the targets (GPT-NeoX), else to the ids."""
+    """A pretokenised line. A `loss_mask` one shorter than the ids is the targets' (GPT-NeoX), else the ids' own."""
 
     input_ids: list[int]
     labels: list[int] | None = None

@@ -36,7 +36,7 @@ class Counts:
 
 
 class Codec:
-    """A tokenizer and what is known of its control tokens. It adds no special tokens by itself: templates write them."""
+    """A tokenizer and what is known of its control tokens. It adds no special tokens: templates write them."""
 
     def __init__(self, definition: bytes, name: str, specials: dict[str, str] | None = None):
         try:
