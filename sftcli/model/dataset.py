@@ -22,7 +22,7 @@ def column(rows: RowFile, name: str) -> Tensor:
 
 
 def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
-    """Raise DataError for the first row that the model cannot take (too long, ids beyond the vocabulary), or for none."""
+    """Raise DataError for the first row that does not fit the model (length, ids), or if nothing is trained."""
     if len(rows) == 0:
         raise DataError("no rows to train on", where, hint="see what `sft mask` said it dropped")
     offsets = column(rows, "offsets")

@@ -168,25 +168,22 @@ def _evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe, and counts, steps and a memory estimate of it, measured in a temporary folder."""
+    """Counts, steps and a memory estimate of a recipe; its data stages run in a temporary folder."""
     from sftcli.model.batches import steps_in_run
+    from sftcli.model.checkpoint import open_folder
+    from sftcli.model.memory import estimate
     from sftcli.rowfile import RowFile
 
     with tempfile.TemporaryDirectory(prefix="sft-dry-run-") as temporary:
         folder = Path(temporary)
         model = _base(recipe, folder)
         _data(recipe, folder, model)
-        rows = RowFile(folder / ROWS)
-        lengths = rows.lengths()
-        config = artifacts.read_json(artifacts.model_folder(model) / "config.json")
+        lengths = RowFile(folder / ROWS).lengths()
+        config = open_folder(artifacts.model_folder(model)).config
     return {
         "rows": len(lengths),
         "tokens": sum(lengths),
         "longest_row": max(lengths),
         "steps": steps_in_run(lengths, recipe.train),
-        **memory(config, recipe, max(lengths)),
+        **estimate(config, recipe.train, max(lengths)),
     }
-
-
-def memory(config: dict[str, Any], recipe: Recipe, longest: int) -> dict[str, int]:
-    return {}

@@ -304,13 +304,16 @@ class Speaker:
         whole = text + self.template.specials.get("eos_token", "")
         return Rendered(whole, [(0, len(whole), "text", True, conversation.weights[0])], [(0, len(text))], [])
 
-    def _render(self, conversation: Conversation, count: int, open_turn: bool) -> str:
-        messages = [
-            {key: value if key == "role" else trace(value, i) for key, value in message.items()}
-            for i, message in enumerate(conversation.messages[:count])
-        ]
+    def _render(self, conversation: Conversation, count: int, open_turn: bool, traced: bool = True) -> str:
+        messages, tools = conversation.messages[:count], conversation.tools
+        if traced:
+            messages = [
+                {key: value if key == "role" else trace(value, i) for key, value in message.items()}
+                for i, message in enumerate(messages)
+            ]
+            tools = trace(tools, -1)
         try:
-            return self.template.render(messages, trace(conversation.tools, -1), open_turn)
+            return self.template.render(messages, tools, open_turn)
         except DataError as error:
             if count > 1:  # name the first message that the template cannot take
                 for shorter in range(1, count):
@@ -323,7 +326,7 @@ class Speaker:
 
     def _turn(self, conversation: Conversation, i: int, whole: str | None) -> _Turn:
         """Where the words of message i begin and end, in the conversation rendered up to and including it."""
-        prompt = self._render(conversation, i, True)
+        prompt = self._render(conversation, i, True, traced=False)
         text = whole if whole is not None else self._render(conversation, i + 1, False)
         if not text.startswith(prompt):
             raise DataError(

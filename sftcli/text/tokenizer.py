@@ -99,11 +99,12 @@ class Codec:
             piece, bounds = next(encodings)
             base = len(ids)
             ids += piece
-            for a, b, role, own, weight in remaining:
-                first = base + bounds.token_at(a - start)
+            first = base
+            for _, b, role, own, weight in remaining:
                 last = base + bounds.token_at(b - start)
                 if first < last:
                     segments.append(Segment(first, last, role, own, weight))
+                first = last
                 if b == end:
                     break
         return ids, segments
@@ -114,11 +115,12 @@ class Codec:
         forged = [self._forged(text, start, end) for text, start, end in stretches]
         windows = self._windows(stretches)
         safe = [piece for piece, found in zip(texts, forged, strict=True) if not found]
-        encoded = iter(self._batch(self.tokenizer, safe + [piece for window in windows for piece in window]))
+        encoded = iter(self._batch(self.tokenizer, safe + [text for _, text, _ in windows]))
         results = [next(encoded) if not found else None for found in forged]
-        for _ in windows:
-            joint, left, right = next(encoded), next(encoded), next(encoded)
-            self.counts.merges_cut += joint.ids != left.ids + right.ids
+        for right, text, cut in windows:
+            joint, before, after = next(encoded), results[right - 1], results[right]
+            if before is not None and after is not None:
+                self.counts.merges_cut += _merged(joint, cut, len(text), before, after)
         for piece, found, result in zip(texts, forged, results, strict=True):
             if result is not None:
                 yield result.ids, _Bounds([(0, 0, result)], len(piece), len(result.ids))
@@ -126,16 +128,15 @@ class Codec:
                 self.counts.defused += len(found)
                 yield self._encode_defused(piece, found)
 
-    def _windows(self, stretches: list[tuple[Rendered, int, int]]) -> list[tuple[str, str, str]]:
-        """The text around each hard cut: joined, left and right of it."""
+    def _windows(self, stretches: list[tuple[Rendered, int, int]]) -> list[tuple[int, str, int]]:
+        """(number of the stretch that a hard cut begins, the text around the cut, the cut's place in it)."""
         found = []
-        for text, start, end in stretches:
+        for number, (text, start, end) in enumerate(stretches):
             if start > 0:
                 left = text.text[max(0, start - WINDOW) : start]
                 if self.control and (last := list(self.control.finditer(left))):
                     left = left[last[-1].start() :]
-                right = text.text[start : min(end, start + WINDOW)]
-                found.append((left + right, left, right))
+                found.append((number, left + text.text[start : min(end, start + WINDOW)], len(left)))
         return found
 
     def _forged(self, text: Rendered, start: int, end: int) -> list[tuple[int, int]]:
@@ -205,6 +206,13 @@ class _Bounds:
     def _end_of(self, part: tuple[int, int, Any]) -> int:
         following = [p[0] for p in self.parts if p[0] > part[0]]
         return following[0] if following else self.length
+
+
+def _merged(joint: Any, cut: int, length: int, before: Any, after: Any) -> bool:
+    """Whether the text around a cut, encoded in one, has other tokens beside the cut than its two sides have."""
+    at = _Bounds([(0, 0, joint)], length, len(joint.ids)).token_at(cut)
+    beside = joint.ids[max(at - 1, 0) : at + 1]
+    return bool(beside != before.ids[-1:] + after.ids[:1])
 
 
 def _between_cuts(text: Rendered) -> list[tuple[int, int]]:

@@ -1,0 +1,42 @@
+"""What a training run will need, counted before it starts: weights, gradients, optimizer state, activations, logits."""
+
+import torch
+
+from sftcli.model.gpt import GPT, GPTConfig
+from sftcli.model.loss import CHUNK_LOGITS
+from sftcli.recipe import Muon, Train
+
+FLOAT = 4  # bytes
+INTERPRETER = 300 << 20  # Python, torch and its libraries, resident
+
+
+def estimate(config: GPTConfig, options: Train, longest_row: int) -> dict[str, int]:
+    """Parameters, and bytes by kind at the peak of a step; `memory_bytes` is their sum."""
+    with torch.device("meta"):
+        parameters = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    count = sum(parameters.values())
+    blocks = sum(n for name, n in parameters.items() if name.startswith("blocks."))
+    moments = 2 * count - (blocks if isinstance(options.optimizer, Muon) else 0)
+    tokens = max(min(options.micro_batch_tokens, options.batch_tokens), longest_row)
+    chunk = 4 * FLOAT * max(CHUNK_LOGITS, 64 * config.vocab_size)  # logits, probabilities and two temporaries
+    found = {
+        "weights_bytes": FLOAT * count,
+        "gradients_bytes": FLOAT * count,
+        "optimizer_bytes": FLOAT * moments,
+        "activations_bytes": FLOAT * tokens * activations_per_token(config, options.gradient_checkpointing),
+        "logits_bytes": chunk,
+    }
+    return {"parameters": count, **found, "memory_bytes": INTERPRETER + sum(found.values())}
+
+
+def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> int:
+    """Numbers that backward keeps of one token: what each layer's operations save, and the final hidden state."""
+    width, inner = config.width, config.mlp_width
+    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = 2 * width + heads + 3 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
+    if config.positions == "rope":
+        attention += 2 * (heads + kv)  # before rotation, halves exchanged
+    mlp = 2 * width + (4 * inner if config.gated else 2 * inner)
+    if gradient_checkpointing:
+        return config.layers * width + attention + mlp + 4 * width
+    return config.layers * (attention + mlp) + 4 * width
