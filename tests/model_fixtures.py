@@ -1,0 +1,122 @@
+"""Tiny models with weights that matter, and rows from lists of ids, for the tests of the model side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftcli.artifacts import fingerprint, json_line
+from sftcli.model.attention import Group, RowAttention
+from sftcli.model.checkpoint import WEIGHTS, load_model, open_folder, upstream_tensors, write_tensors
+from sftcli.model.gpt import GPT
+from sftcli.model.training import Engine
+from sftcli.recipe import Init
+from sftcli.rows import FORMAT, Row
+from sftcli.stages.init import init
+
+PRESETS = ("llama", "gpt2")
+CPU = Engine(torch.device("cpu"), torch.float32)
+TEXTS = ["How many rivers are there?", "There are 12 rivers.", "Name a river.", "The Danube, 2850 km."]
+VOCABULARY = 300  # of the tiny tokenizer: 256 bytes, control tokens, some merges
+
+
+def empty_folder(path: Path, preset: str, **sizes: Any) -> Path:
+    """A model folder without weights: 3 layers of width 32, llama with fewer key heads than heads."""
+    data = path.with_name(f"{path.name}-data.jsonl")
+    data.write_text("".join(json.dumps({"prompt": t, "completion": t}) + "\n" for t in TEXTS))
+    shape = {"layers": 3, "width": 32, "heads": 4, "mlp_width": 48, "context": 64}
+    shape |= {"kv_heads": 2} if preset == "llama" else {}
+    init(Init(data=[str(data)], preset=preset, vocab_size=VOCABULARY, **(shape | sizes)), str(path))
+    return path
+
+
+def model_folder(path: Path, preset: str, seed: int = 1, config: dict[str, Any] | None = None, **sizes: Any) -> Path:
+    """A model folder with random weights; `config` is laid over its config.json."""
+    empty_folder(path, preset, **sizes)
+    if config:
+        given = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(given | config))
+    save_weights(path, randomised(load_model(open_folder(path)), seed))
+    return path
+
+
+def save_weights(path: Path, model: GPT) -> None:
+    write_tensors(path / WEIGHTS, upstream_tensors(model, open_folder(path).family))
+
+
+def model_of(path: Path) -> GPT:
+    return load_model(open_folder(path))
+
+
+def make_model(path: Path, preset: str, **sizes: Any) -> GPT:
+    """A tiny model with random weights, through its folder."""
+    return model_of(model_folder(path, preset, **sizes))
+
+
+@torch.no_grad()
+def randomised(model: GPT, seed: int = 1) -> GPT:
+    """Weights so large that attention matters; norms far from 1, biases far from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            parameter.copy_(0.3 * noise)
+        elif name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.4 * noise)
+        else:
+            parameter.copy_(0.3 * noise)
+    return model
+
+
+def random_ids(count: int, seed: int, vocabulary: int = VOCABULARY) -> list[int]:
+    """Ids of no control token."""
+    return torch.randint(10, vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_row(ids: Sequence[int], labels: Sequence[int] | None = None, id: str = "r", **columns: Any) -> Row:
+    """A row; by default every token is trained."""
+    columns = {"align": "next", "objective": "causal", "tokenizer": None, "template": None, "format": FORMAT} | columns
+    return Row(id=id, input_ids=list(ids), labels=list(ids if labels is None else labels), **columns)
+
+
+def make_rows(lengths: Sequence[int], prompt: int = 1, seed: int = 0, **columns: Any) -> list[Row]:
+    """Rows of random ids r0, r1, ...; the first `prompt` tokens of each are not trained."""
+    rows = []
+    for i, length in enumerate(lengths):
+        ids = random_ids(length, seed * 1000 + i)
+        untrained = min(prompt, length)
+        rows.append(make_row(ids, [-100] * untrained + ids[untrained:], f"r{i}", **columns))
+    return rows
+
+
+def tokenizer_hash(folder: Path) -> str:
+    return fingerprint((folder / "tokenizer.json").read_bytes())
+
+
+def write_jsonl(path: Path, lines: Sequence[Any]) -> str:
+    path.write_bytes(b"".join(json_line(line) for line in lines))
+    return str(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def row_logits(model: GPT, ids: Sequence[int]) -> torch.Tensor:
+    """Logits (T, V) of one row by itself: plain causal, no padding, no cache."""
+    model.eval()
+    with torch.no_grad():
+        tokens = torch.tensor(list(ids))
+        return model.logits(model.hidden(tokens, torch.arange(len(ids)), RowAttention([Group(1, len(ids))])))
+
+
+def gradients(model: GPT) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_relatively_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    """Equal up to `tolerance` of the largest value."""
+    assert a.shape == b.shape
+    assert float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp(min=1e-30))
