@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,8 +44,8 @@ def open_input(path: str) -> Iterator[BinaryIO]:
             yield _zstd_reader(buffered)
         else:
             yield buffered
-    except IsADirectoryError:
-        raise UsageError(f"cannot read {path}: it is a folder") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {name_of(path)}: {error.strerror or error}") from None
     finally:
         if path != "-":
             raw.close()
@@ -71,7 +72,7 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
                     line = line[3:]
                 if line.strip():
                     yield number, line.rstrip(b"\r\n")
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"damaged compressed file: {error}", f"{name_of(path)}:{number + 1}") from None
 
 
@@ -98,6 +99,10 @@ class PreviousStageFailed(DataError):
 
 def line_fields(line: bytes, where: str) -> dict[str, msgspec.Raw]:
     """The fields of one JSON line, undecoded. Raises DataError; PreviousStageFailed for another stage's error line."""
+    try:
+        line.decode()  # msgspec takes any bytes inside a Raw, and unknown fields pass through
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error.reason} at byte {error.start + 1}", where) from None
     fields: dict[str, msgspec.Raw] = decode_json(line, where, dict[str, msgspec.Raw])
     if ERROR_FIELD in fields:
         told = decode_json(bytes(fields[ERROR_FIELD]), where)
@@ -113,14 +118,20 @@ def read_objects(path: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw]
         yield where, line, line_fields(line, where)
 
 
-def read_json(path: Path) -> Any:
-    """Read a small JSON file of a model or run folder. Raises CheckpointError naming it."""
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file of a model or run folder. Raises CheckpointError naming it."""
     try:
-        return msgspec.json.decode(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a small JSON object of a model or run folder. Raises CheckpointError naming it."""
+    try:
+        return msgspec.json.decode(read_bytes(path), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        raise CheckpointError(f"{path} is not a JSON object: {error}") from None
 
 
 # ---- writing
@@ -171,13 +182,14 @@ def open_output(path: str | None) -> Iterator[IO[bytes]]:
         out.flush()
     except BrokenPipeError:
         raise
-    except SftError as error:
-        with suppress(OSError):
-            out.write(json_line({ERROR_FIELD: {"code": int(error.code), "message": str(error)}}))
-            out.flush()
-        raise
     except OSError as error:
         raise cannot_write("standard output", error) from None
+    except (Exception, KeyboardInterrupt) as error:
+        code = error.code if isinstance(error, SftError) else Exit.FAILURE
+        with suppress(OSError):
+            out.write(json_line({ERROR_FIELD: {"code": int(code), "message": str(error) or type(error).__name__}}))
+            out.flush()
+        raise
 
 
 def json_line(value: Any) -> bytes:

@@ -167,7 +167,7 @@ def test_accuracy_and_entropy_are_those_of_the_softmax():
     found = projected_loss(hidden, weight, None, targets, weights)
     p = (hidden @ weight.T).detach().double().softmax(-1)
     assert torch.equal(found.correct.bool(), p.argmax(-1) == targets)
-    torch.testing.assert_close(found.entropy.double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.entropy.double(), -(p * p.log()).sum(-1), atol=1e-4, rtol=0)
     flat = projected_loss(torch.zeros(1, 4), torch.zeros(7, 4), None, torch.tensor([3]), torch.ones(1))
     assert float(flat.entropy) == pytest.approx(math.log(7), abs=1e-6)
 
@@ -203,7 +203,7 @@ def test_loss_under_bfloat16_autocast_is_near_the_float32_one():
     grads = torch.autograd.grad(found.total, (hidden, weight, offset))
     assert found.total.dtype == found.nll.dtype == torch.float32
     assert [g.dtype for g in grads] == [torch.float32] * 3
-    assert float(found.total) == pytest.approx(float(exact.total), rel=0.01)
+    assert found.total.item() == pytest.approx(exact.total.item(), rel=0.01)
     assert not torch.equal(found.nll, exact.nll)
     for ours, reference in zip(grads, exact_grads, strict=True):
         assert float((ours - reference).norm() / reference.norm()) < 0.02

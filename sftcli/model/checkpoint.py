@@ -53,21 +53,36 @@ def open_folder(path: Path) -> ModelFolder:
     family = family_of(config_json)
     try:
         config = family.read_config(config_json)
-        sizes = [config.vocab_size, config.context, config.layers, config.width, config.heads, config.mlp_width]
-        if any(not isinstance(size, int) or size < 1 for size in sizes):
-            raise CheckpointError(f"{path / 'config.json'}: sizes must be positive whole numbers")
-        if config.vocab_size * config.width > MAX_PARAMETERS or config.layers > 10_000:
-            raise CheckpointError(f"{path / 'config.json'} asks for a model beyond any memory")
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        _check_config(config, path / "config.json")
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from None
     return ModelFolder(path, config_json, family, config, _weight_files(path))
 
 
+def _check_config(config: GPTConfig, path: Path) -> None:
+    """Raise CheckpointError for sizes that no model can have, before any memory is taken."""
+    sizes = [config.vocab_size, config.context, config.layers, config.width, config.mlp_width]
+    if any(type(size) is not int or size < 1 for size in [*sizes, config.heads, config.kv_heads, config.head_dim]):
+        raise CheckpointError(f"{path}: sizes must be positive whole numbers")
+    if not isinstance(config.norm_eps, float | int):
+        raise CheckpointError(f"{path}: the norm's epsilon {config.norm_eps!r} is not a number")
+    if config.heads % config.kv_heads:
+        raise CheckpointError(f"{path}: {config.heads} heads cannot share {config.kv_heads} key heads evenly")
+    if config.positions == "rope" and config.head_dim % 2:
+        raise CheckpointError(f"{path}: RoPE needs an even head width, not {config.head_dim}")
+    if config.vocab_size * config.width > MAX_PARAMETERS or config.layers > 10_000:
+        raise CheckpointError(f"{path} asks for a model beyond any memory")
+
+
 def _weight_files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
-        names = read_json(path / INDEX).get("weight_map", {}).values()
-        for name in set(names):
-            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        index = read_json(path / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path / INDEX} has no weight_map")
+        names = list(weight_map.values())
+        for name in names:
+            if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
                 raise CheckpointError(f"{path / INDEX} names a file outside of its folder: {name!r}")
             if not (path / name).is_file():
                 raise CheckpointError(f"{path}: shard {name} is missing")
@@ -90,8 +105,17 @@ def load_model(folder: ModelFolder, seed: int = 0) -> GPT:
         return model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {tensor.name: tensor for tensor in folder.family.tensors(folder.config)}
+    tied_head = None
     for name, tensor in _tensors(folder, stored):
-        _fill(stored.pop(name), tensor, parameters)
+        if name in stored:
+            _fill(stored.pop(name), tensor, parameters)
+        else:
+            tied_head = tensor
+    if tied_head is not None and not torch.equal(tied_head.float(), model.embedding.weight):
+        raise CheckpointError(
+            f"{folder.path}: lm_head.weight is not the embedding, though config.json ties them",
+            hint='"tie_word_embeddings": false in config.json uses it',
+        )
     if stored:
         raise CheckpointError(f"{folder.path}: tensor {min(stored)} is missing ({len(stored)} in all)")
     return model
@@ -110,7 +134,7 @@ def _empty_model(config: GPTConfig) -> GPT:
 
 
 def _tensors(folder: ModelFolder, stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """(name in the family's files, tensor) of every weight of a folder, one at a time."""
+    """(name in the family's files, tensor) of every weight, one at a time; also of a head that tying makes a copy."""
     for path in folder.files:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -118,9 +142,7 @@ def _tensors(folder: ModelFolder, stored: dict[str, Stored]) -> Iterator[tuple[s
                     name = folder.family.upstream_name(key)
                     if name.endswith(folder.family.BUFFERS):
                         continue
-                    if name not in stored:
-                        if folder.config.tied and name == "lm_head.weight":
-                            continue  # a copy of the embedding
+                    if name not in stored and not (folder.config.tied and name == "lm_head.weight"):
                         raise CheckpointError(f"{path}: tensor {key} has no place in the model")
                     yield name, file.get_tensor(key)
         except (safetensors.SafetensorError, OSError) as error:

@@ -3,14 +3,14 @@
 from collections import Counter as Tally
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import msgspec
 
 from sftcli import console
 from sftcli.artifacts import json_line, open_output
-from sftcli.errors import DataError, UsageError
+from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.rows import Document, encode_document
 from sftcli.stages.common import Rejects, codec_for, keep_for_later, read_lines_of, template_for
@@ -47,25 +47,29 @@ class _Record:
 
 
 @dataclass
-class _Batch:
-    records: list[_Record]
-    passed: list[tuple[int, bytes]]  # (place before which it goes, a line that was tokenised already)
-    error: DataError | None = None  # what ended the input
+class _Bad:
+    """A line that is rejected when its turn comes."""
+
+    line: bytes
+    error: DataError
+
+
+_Item = _Record | _Bad | SftError | bytes  # an error that ends the input; the output line of a row that came tokenised
 
 
 def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summary:
     """Run the stage: read every input, write documents, tell on stderr what was done."""
     if not options.data:
         raise UsageError("no data", hint="sft tokenize FILE... -m MODEL, or - for standard input")
-    codec = codec_for(model, options.tokenizer)
-    template = template_for(codec, model, options.template, options.template_text, options.columns)
-    keep_for_later(codec, template)
     summary = Summary()
     with (
-        Rejects(options.on_error, options.rejects) as rejects,
         open_output(output) as out,
+        Rejects(options.on_error, options.rejects) as rejects,
         console.live() as line,
     ):
+        codec = codec_for(model, options.tokenizer)
+        template = template_for(codec, model, options.template, options.template_text, options.columns)
+        keep_for_later(codec, template)
         counter = console.Counter(line, "tokenize")
         for rows, encoded_lines in _lines(options, codec, template, rejects, summary):
             out.writelines(encoded_lines)
@@ -78,46 +82,42 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
 
 def _lines(
     options: Tokenize, codec: Codec, template: Template, rejects: Rejects, summary: Summary
-) -> Iterator[tuple[int, list[bytes]]]:
+) -> Iterator[tuple[int, Iterator[bytes]]]:
     """(rows read, output lines) batch by batch; the next batch is rendered while this one is encoded."""
-    batches = _batches(options, codec, template, rejects, summary)
+    batches = _batches(options, codec, template, summary)
     with ThreadPoolExecutor(1) as pool:
         pending = None
         for batch in chain(batches, [None]):
-            future = pool.submit(_encode, batch, codec, rejects) if batch else None
+            future = pool.submit(_encode, batch, codec) if batch else None
             if pending:
-                done, encoded, error = pending[0], *pending[1].result()
-                yield len(done.records) + len(done.passed), _written(done, encoded, codec, template, summary)
-                if error or done.error:
-                    raise error or done.error  # type: ignore[misc]
+                yield len(pending[0]), _written(pending[0], pending[1].result(), codec, template, rejects, summary)
             pending = (batch, future) if batch and future else None
 
 
-def _batches(
-    options: Tokenize, codec: Codec, template: Template, rejects: Rejects, summary: Summary
-) -> Iterator[_Batch]:
-    """Records in batches; a bad line ends the batch before it, or is rejected."""
+def _batches(options: Tokenize, codec: Codec, template: Template, summary: Summary) -> Iterator[list[_Item]]:
+    """Lines in batches. What ends the input too early is the last item of the last batch: the rows before it count."""
     speaker = Speaker(template, codec.ends)
-    batch = _Batch([], [])
-    for where, line, fields in read_lines_of(options.data):
-        try:
-            if isinstance(fields, DataError):
-                raise fields
+    batch: list[_Item] = []
+    try:
+        for where, line, fields in read_lines_of(options.data):
             summary.rows += 1
-            conversation = _conversation(fields, where, options, template, summary)
-            if conversation.shape == "tokens":
-                batch.passed.append((len(batch.records), _passed(line, fields, where, codec, summary)))
-            else:
-                batch.records.append(_Record(where, line, conversation, speaker.documents(conversation)))
-        except DataError as error:
             try:
-                rejects.add(error.located(where), line)
-            except DataError as final:
-                batch.error = final
-                break
-        if len(batch.records) >= BATCH:
-            yield batch
-            batch = _Batch([], [])
+                if isinstance(fields, DataError):
+                    raise fields
+                conversation = _conversation(fields, where, options, template, summary)
+                if conversation.shape == "tokens":
+                    batch.append(_passed(line, fields, where, codec, summary))
+                else:
+                    batch.append(_Record(where, line, conversation, speaker.documents(conversation)))
+            except DataError as error:
+                if options.on_error == "fail":
+                    raise error.located(where) from None
+                batch.append(_Bad(line, error.located(where)))
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    except SftError as error:
+        batch.append(error)
     yield batch
 
 
@@ -135,48 +135,56 @@ def _conversation(
 def _passed(line: bytes, fields: dict[str, msgspec.Raw], where: str, codec: Codec, summary: Summary) -> bytes:
     """A pretokenised line goes through as it is, once its ids are known to be the tokenizer's."""
     document, _ = pretokenized.read(line, fields, where, summary.rows)
+    if document.tokenizer not in (None, codec.hash):
+        raise DataError(f"tokenised with {document.tokenizer}, not with {codec.hash}", where, "$.tokenizer")
     top = max(document.input_ids)
     if top >= codec.size or min(document.input_ids) < 0:
         raise DataError(f"id {top} is beyond the vocabulary of {codec.size}", where, "$.input_ids")
+    summary.documents += 1
     summary.tokens += len(document.input_ids)
     return json_line({"id": document.id} | fields | {"tokenizer": codec.hash})
 
 
-def _encode(batch: _Batch, codec: Codec, rejects: Rejects) -> tuple[list[list[Encoded] | None], DataError | None]:
-    """Encode a batch at once; if that fails, one by one, to know which line it was."""
-    texts = [text for record in batch.records for text in record.texts]
+def _encode(batch: list[_Item], codec: Codec) -> list[list[Encoded] | DataError]:
+    """The documents of every record, encoded at once; if that fails, one by one, to know which line it was."""
+    records = [item for item in batch if isinstance(item, _Record)]
+    before = replace(codec.counts)
     try:
-        encoded = iter(codec.encode(texts))
-        return [[next(encoded) for _ in record.texts] for record in batch.records], None
+        encoded = iter(codec.encode([text for record in records for text in record.texts]))
+        return [[next(encoded) for _ in record.texts] for record in records]
     except DataError:
-        results: list[list[Encoded] | None] = []
-        for record in batch.records:
-            try:
-                results.append(codec.encode(record.texts))
-            except DataError as error:
-                try:
-                    rejects.add(error.located(record.where), record.line)
-                except DataError as final:
-                    return results, final
-                results.append(None)
-        return results, None
+        codec.counts = before
+        return [_encode_one(record, codec) for record in records]
+
+
+def _encode_one(record: _Record, codec: Codec) -> list[Encoded] | DataError:
+    try:
+        return codec.encode(record.texts)
+    except DataError as error:
+        return error.located(record.where)
 
 
 def _written(
-    batch: _Batch, encoded: list[list[Encoded] | None], codec: Codec, template: Template, summary: Summary
-) -> list[bytes]:
-    """The output lines of a batch, in input order."""
-    lines: list[bytes] = []
-    passed = iter([*batch.passed, (len(batch.records) + 1, b"")])
-    place, kept = next(passed)
-    for i, (record, results) in enumerate(zip(batch.records, encoded, strict=False)):
-        while place <= i:
-            lines.append(kept)
-            place, kept = next(passed)
-        lines += _documents(record, results or [], codec, template, summary)
-    if len(encoded) == len(batch.records):
-        lines += [line for place, line in batch.passed if place >= len(batch.records)]
-    return lines
+    batch: list[_Item],
+    encoded: list[list[Encoded] | DataError],
+    codec: Codec,
+    template: Template,
+    rejects: Rejects,
+    summary: Summary,
+) -> Iterator[bytes]:
+    """The output lines of a batch, in input order; bad lines are rejected in theirs. Raises what ends the stage."""
+    results = iter(encoded)
+    for item in batch:
+        if isinstance(item, bytes):
+            yield item
+        elif isinstance(item, SftError):
+            raise item
+        elif isinstance(item, _Bad):
+            rejects.add(item.error, item.line)
+        elif isinstance(result := next(results), DataError):
+            rejects.add(result, item.line)
+        else:
+            yield from _documents(item, result, codec, template, summary)
 
 
 def _documents(
@@ -203,10 +211,11 @@ def _report(summary: Summary, codec: Codec, template: Template) -> None:
     if summary.rows == 0:
         console.warn("tokenize: the input is empty")
         return
-    shapes = ", ".join(f"{count:,} {shape}" for shape, count in summary.shapes.items())
-    tools = f", {summary.with_tools:,} with tools" if summary.with_tools else ""
+    kinds = [f"{count:,} {shape}" for shape, count in summary.shapes.items()]
+    kinds += [f"{summary.with_tools:,} with tools"] if summary.with_tools else []
+    shapes = f" ({', '.join(kinds)})" if kinds else ""
     console.note(
-        f"tokenize: {summary.rows:,} rows in ({shapes}{tools}), {summary.documents:,} documents, "
+        f"tokenize: {summary.rows:,} rows in{shapes}, {summary.documents:,} documents, "
         f"{summary.rejected:,} rejected; {summary.tokens:,} tokens, {summary.own:,} the model's own; "
         f"template {template.name} {template.hash}, tokenizer {codec.hash}"
     )

@@ -19,7 +19,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from sftcli.artifacts import fingerprint
+from sftcli.artifacts import fingerprint, read_bytes
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import COMPLETION_NAMES, Conversation
 from sftcli.text.traced import Traced, concat, trace
@@ -188,7 +188,7 @@ def load_template(
     if not path.is_file():
         raise UsageError(f"no template {name}", hint=f"built in: {', '.join(NAMES)}; or a Jinja file")
     try:
-        return Template(path.read_text(encoding="utf-8"), path.name, specials)
+        return Template(read_bytes(path).decode(), path.name, specials)
     except UnicodeDecodeError:
         raise UsageError(f"template {name} is not UTF-8 text") from None
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as decoders_
 
-from sftcli.artifacts import fingerprint, read_json
+from sftcli.artifacts import fingerprint, read_bytes, read_json
 from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.rows import Segment
 from sftcli.text.template import Rendered
@@ -50,12 +51,13 @@ class Codec:
         added: list[dict[str, Any]] = self.json.get("added_tokens") or []
         self.added = {token["content"]: token["id"] for token in added}
         self.special_ids = {token["id"] for token in added if token["special"]}
-        self.control = _pattern(token["content"] for token in added)
+        # some tokenizers keep runs of spaces as added tokens: those control nothing
+        self.control = _pattern(token["content"] for token in added if token["special"] or token["content"].strip())
         self.ends = _pattern(token["content"] for token in added if token["special"])
         self.counts = Counts()
         self._plain: Tokenizer | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -130,7 +132,9 @@ class Codec:
 
     def _windows(self, stretches: list[tuple[Rendered, int, int]]) -> list[tuple[int, str, int]]:
         """(number of the stretch that a hard cut begins, the text around the cut, the cut's place in it)."""
-        found = []
+        found: list[tuple[int, str, int]] = []
+        if self.words_only:  # nothing merges, and a window may cut a word in two
+            return found
         for number, (text, start, end) in enumerate(stretches):
             if start > 0:
                 left = text.text[max(0, start - WINDOW) : start]
@@ -243,7 +247,7 @@ def load_codec(folder: Path) -> Codec:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"model folder {folder} has no tokenizer.json", hint="copy it from the model's base")
-    return Codec(path.read_bytes(), str(path), _specials(folder))
+    return Codec(read_bytes(path), str(path), _specials(folder))
 
 
 def load_tokenizer_file(name: str) -> Codec:
@@ -253,7 +257,7 @@ def load_tokenizer_file(name: str) -> Codec:
         return Codec(whitespace_tokenizer(W12_CONTROLS, W12), "whitespace", specials)
     if not Path(name).is_file():
         raise UsageError(f"no tokenizer file {name}", hint="a tokenizer.json, or `whitespace`")
-    return Codec(Path(name).read_bytes(), name, _specials(Path(name).parent))
+    return Codec(read_bytes(Path(name)), name, _specials(Path(name).parent))
 
 
 def _specials(folder: Path) -> dict[str, str]:
@@ -273,8 +277,12 @@ def _specials(folder: Path) -> dict[str, str]:
 
 def folder_template(folder: Path) -> str | None:
     """The chat template of a model folder: its file, else the field in tokenizer_config.json."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return read_bytes(path).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{path} is not UTF-8 text") from None
     if not (folder / "tokenizer_config.json").is_file():
         return None
     field = read_json(folder / "tokenizer_config.json").get("chat_template")

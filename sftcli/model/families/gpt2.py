@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from sftcli.errors import CheckpointError
 from sftcli.model.families import Stored, refuse, required
 from sftcli.model.gpt import GPTConfig
 
-BUFFERS = ("attn.bias", "attn.masked_bias")
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # with the dot: c_attn.bias is a weight
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
@@ -17,6 +18,8 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         add_cross_attention=(False,),
     )
     heads, width = required(config, "n_head"), required(config, "n_embd")
+    if width % heads:
+        raise CheckpointError(f"config.json: n_embd {width} is no multiple of n_head {heads}")
     return GPTConfig(
         vocab_size=required(config, "vocab_size"),
         context=config.get("n_positions") or config.get("n_ctx") or 1024,

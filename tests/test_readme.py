@@ -1,0 +1,79 @@
+"""Every command in the README is run, in the README's order, in one shell."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with the repository's data and recipes, and this interpreter's `sft` first on PATH."""
+    for name in ("data", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    sft = binaries / "sft"
+    sft.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sftcli "$@"\n')
+    sft.chmod(0o755)
+    if shutil.which("jq") is None:  # `jq -c '{prompt}'` is the only use of it
+        jq = binaries / "jq"
+        jq.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" -c \'import json, sys\n'
+            'for line in open(sys.argv[1]): print(json.dumps({"prompt": json.loads(line)["prompt"]}))\' "$3"\n'
+        )
+        jq.chmod(0o755)
+    return tmp_path
+
+
+def in_shell(script: str, folder: Path, timeout: int) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_every_command_of_the_readme_works_in_its_order(workplace: Path) -> None:
+    found = blocks("bash")
+    assert sum(block.count("sft ") for block in found) >= 20
+    done = in_shell("\n".join(found), workplace, 110)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "[0,0,0,1,1,1,0,0]" in done.stdout  # NX-4, from the pipe into `sft mask --format neox`
+    assert (workplace / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_the_test_command_is_the_one_that_ci_runs() -> None:
+    command = next(block for block in blocks("sh") if "pytest" in block).strip()
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quickstart_answers_held_out_questions(workplace: Path) -> None:
+    import json
+
+    done = in_shell("sft run recipes/quickstart.yaml", workplace, 900)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["completions"] >= 300
+    assert results["exact_match"] >= 0.95
