@@ -39,8 +39,13 @@ def console(stderr: bool = True) -> "Console":
 
 
 def note(text: str) -> None:
-    """One plain line of talk on stderr."""
-    if not QUIET:
+    """One line of talk on stderr; on a terminal the stage that talks (`mask: ...`) is coloured."""
+    if QUIET:
+        return
+    stage, colon, rest = text.partition(":")
+    if colon and stage.isidentifier() and coloured():
+        print(f"\x1b[1;36m{stage}:\x1b[0m{safe(rest)}", file=sys.stderr, flush=True)
+    else:
         print(safe(text), file=sys.stderr, flush=True)
 
 
@@ -76,11 +81,15 @@ class Live:
         self.terminal = sys.stderr.isatty() and not QUIET and os.environ.get("TERM") != "dumb"
         self.every, self.shown = every, time.monotonic()
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, share: float | None = None) -> None:
+        """Show what is going on; `share` of the work that is done, where that is known, as a bar."""
         now = time.monotonic()
         if self.terminal and now - self.shown > 0.1:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r\x1b[2K" + safe(text)[: width - 1])
+            bar = "" if share is None else progress_bar(share) + " "
+            line = (bar + safe(text))[: width - 1]
+            colour = ("\x1b[36m", "\x1b[0m") if coloured() else ("", "")
+            sys.stderr.write(f"\r\x1b[2K{colour[0]}{line[: len(bar)]}{colour[1]}{line[len(bar) :]}")
         elif not self.terminal and now - self.shown > self.every:
             note(text)
         else:
@@ -92,6 +101,13 @@ class Live:
         if self.terminal:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
+
+
+def progress_bar(share: float, width: int = 20) -> str:
+    """0.4 -> '████████░░░░░░░░░░░░' (in ASCII where the terminal has no more)."""
+    full, empty = "█░" if (sys.stderr.encoding or "").lower().startswith("utf") else "#-"
+    done = round(min(max(share, 0.0), 1.0) * width)
+    return full * done + empty * (width - done)
 
 
 @contextmanager

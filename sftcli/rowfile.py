@@ -15,12 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sftcli.artifacts import CHUNK, atomic_file
-from sftcli.errors import CheckpointError
+from sftcli.artifacts import CHUNK, atomic_file, cannot_write
+from sftcli.errors import CheckpointError, UsageError
 from sftcli.rows import FORMAT, PER_TOKEN, Row
 
-TYPES = {"I64": ("q", 8), "I32": ("i", 4), "F32": ("f", 4), "U8": ("B", 1)}
-FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F32"}
+TYPES = {"I64": ("q", 8), "F64": ("d", 8), "I32": ("i", 4), "U8": ("B", 1)}
+FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F64"}
 STRINGS = ("id", "align", "objective", "tokenizer", "template", "format", "source")
 PER_TOKEN_DEFAULT: dict[str, Any] = {"loss_weight": 1.0, "block_position_ids": 0, "token_type_ids": 0}
 NONE = -1  # next_sentence_label of a row that has none
@@ -45,8 +45,12 @@ class RowFileWriter:
     def __init__(self, folder: Path):
         self.folder, self.rows, self.tokens = folder, 0, 0
         self.columns: dict[str, _Column] = {}
-        for name in ("offsets", "turns.offsets", *(f"{name}.offsets" for name in STRINGS)):
+        for name in ("offsets", "turns.offsets", "turns.role.offsets", *(f"{name}.offsets" for name in STRINGS)):
             self._column(name, "I64").extend([0])
+        for name, dtype in {"input_ids": "I32", "labels": "I32", "turns": "I32", "turns.role": "U8"}.items():
+            self._column(name, dtype)
+        for name in STRINGS:
+            self._column(name, "U8")
 
     def _column(self, name: str, dtype: str) -> _Column:
         if name not in self.columns:
@@ -75,15 +79,12 @@ class RowFileWriter:
         self.columns["offsets"].extend([self.tokens])
 
     def _append_text(self, name: str, text: str | None) -> None:
-        column = self._column(name, "U8")
+        column = self.columns[name]
         column.extend((text or "").encode())
         self.columns[f"{name}.offsets"].extend([column.count])
 
     def _append_turns(self, row: Row) -> None:
-        numbers, roles = self._column("turns", "I32"), self._column("turns.role", "U8")
-        ends = self.columns.get("turns.role.offsets") or self._column("turns.role.offsets", "I64")
-        if ends.count == 0:
-            ends.extend([0])
+        numbers, roles, ends = (self.columns[name] for name in ("turns", "turns.role", "turns.role.offsets"))
         for start, end, role, turn in row.turns or ():
             numbers.extend([start, end, turn])
             roles.extend(role.encode())
@@ -127,11 +128,14 @@ def _fill(column: _Column, name: str, writer: RowFileWriter, missing: int) -> No
 
 def write_rows(path: str | Path, rows: Iterator[Row]) -> int:
     """Write rows to a safetensors file (atomically, in constant memory); returns how many."""
-    writer = RowFileWriter(Path(path).absolute().parent)
-    for row in rows:
-        writer.append(row)
-    with atomic_file(path) as out:
-        writer.write_to(out)
+    try:
+        writer = RowFileWriter(Path(path).absolute().parent)
+        for row in rows:
+            writer.append(row)
+        with atomic_file(path) as out:
+            writer.write_to(out)
+    except OSError as error:  # the temporary files lie beside the output
+        raise cannot_write(path, error) from None
     return writer.rows
 
 
@@ -140,23 +144,43 @@ class RowFile:
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            if size < 8:
-                raise CheckpointError(f"{path} is not a safetensors file: {size} bytes")
-            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                if size < 8:
+                    raise CheckpointError(f"{path} is not a safetensors file: {size} bytes")
+                self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
         (length,) = struct.unpack("<Q", self.bytes[:8])
         if length > min(size - 8, 100_000_000):
             raise CheckpointError(f"{path} is not a safetensors file, or is cut off: header of {length} bytes")
         try:
             header = json.loads(bytes(self.bytes[8 : 8 + length]))
             self.columns = {name: self._view(8 + length, item) for name, item in header.items() if name[:2] != "__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            known = header.get("__metadata__", {}).get("format")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header: {error}") from None
         missing = {"input_ids", "labels", "offsets", "id", "align"} - set(self.columns)
-        if missing or header.get("__metadata__", {}).get("format") != FORMAT:
+        if missing or known != FORMAT:
             raise CheckpointError(f"{path} holds no rows (missing {', '.join(sorted(missing)) or 'format'})")
         self.offsets = self.columns["offsets"]
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raise CheckpointError where the columns of a damaged file do not fit together."""
+        turns = len(self.columns.get("turns", ())) // 3
+        sizes = [(name, "offsets", len(self)) for name in FLAT]
+        sizes += [(name, f"{name}.offsets", len(self)) for name in STRINGS]
+        sizes += [("turns", "turns.offsets", len(self)), ("turns.role", "turns.role.offsets", turns)]
+        for name, ends, count in sizes:
+            if name in self.columns:
+                offsets = self.columns.get(ends, ())
+                values = turns if name == "turns" else len(self.columns[name])
+                if len(offsets) != max(count, 0) + 1 or offsets[0] != 0 or offsets[-1] != values:
+                    raise CheckpointError(f"{self.path} is damaged: {ends} does not describe column {name}")
+        if any(start > end for start, end in pairwise(self.offsets.tolist())):
+            raise CheckpointError(f"{self.path} is damaged: its offsets do not increase")
 
     def _view(self, base: int, item: dict[str, Any]) -> memoryview:
         start, end = item["data_offsets"]

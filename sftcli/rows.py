@@ -1,7 +1,7 @@
 """The contract between the stages: documents (tokens.jsonl) and rows (what is trained), one JSON line each."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -11,7 +11,9 @@ from sftcli.errors import DataError
 IGNORE = -100  # a label that is not trained (Hugging Face's ignore_index)
 FORMAT = "sft-rows/1"
 
-Turn = tuple[int, int, str, int]  # start, end, role, number of the turn
+Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]  # as safetensors columns hold them
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Turn = tuple[Int32, Int32, str, Int32]  # start, end, role, number of the turn
 PER_TOKEN = ("loss_weight", "position_ids", "block_position_ids", "order", "token_type_ids")
 
 
@@ -29,7 +31,7 @@ class Document(msgspec.Struct, kw_only=True):
     """A tokenised conversation: facts about the text, no objective yet."""
 
     id: str
-    input_ids: list[int]
+    input_ids: list[TokenId]
     segments: list[Segment]
     source: str | None = None
     tokenizer: str | None = None
@@ -43,19 +45,19 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     """
 
     id: str
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[TokenId]
+    labels: list[Int32]
     align: Literal["next", "same"]
     objective: str
     tokenizer: str | None
     template: str | None
     format: str
-    loss_weight: list[float] | None = None
-    position_ids: list[int] | None = None
-    block_position_ids: list[int] | None = None
-    order: list[int] | None = None
-    token_type_ids: list[int] | None = None
-    next_sentence_label: int | None = None
+    loss_weight: list[Annotated[float, msgspec.Meta(ge=0)]] | None = None
+    position_ids: list[Int32] | None = None
+    block_position_ids: list[Int32] | None = None
+    order: list[Int32] | None = None
+    token_type_ids: list[Int32] | None = None
+    next_sentence_label: Int32 | None = None
     source: str | None = None
     turns: list[Turn] | None = None
 
@@ -67,6 +69,7 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 DOCUMENT_FIELDS = frozenset(Document.__struct_fields__)
 ROW_FIELDS = frozenset(Row.__struct_fields__)
+RESERVED = DOCUMENT_FIELDS | ROW_FIELDS  # a field of the data with such a name would be taken for a column of ours
 Extra = dict[str, msgspec.Raw]
 
 
@@ -96,8 +99,8 @@ def check_row(row: Row, where: str) -> None:
         column = getattr(row, name)
         if column is not None and len(column) != length:
             raise DataError(f"{len(column)} values for {length} input_ids", where, f"$.{name}")
-    if min(row.input_ids) < 0:
-        raise DataError("negative id", where, "$.input_ids")
+    if any(not 0 <= start < end <= length for start, end, _, _ in row.turns or ()):
+        raise DataError(f"a turn outside of {length} input_ids", where, "$.turns")
 
 
 def read_rows_jsonl(path: str) -> Iterator[tuple[str, Row, Extra]]:

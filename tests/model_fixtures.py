@@ -1,7 +1,9 @@
 """Tiny models with weights that matter, and rows from lists of ids, for the tests of the model side."""
 
 import json
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from sftcli.model.training import Engine
 from sftcli.recipe import Init
 from sftcli.rows import FORMAT, Row
 from sftcli.stages.init import init
+
+torch.set_num_threads(1)  # models this small only lose by more
 
 PRESETS = ("llama", "gpt2")
 CPU = Engine(torch.device("cpu"), torch.float32)
@@ -32,14 +36,20 @@ def empty_folder(path: Path, preset: str, **sizes: Any) -> Path:
     return path
 
 
-def model_folder(path: Path, preset: str, seed: int = 1, config: dict[str, Any] | None = None, **sizes: Any) -> Path:
-    """A model folder with random weights; `config` is laid over its config.json."""
-    empty_folder(path, preset, **sizes)
-    if config:
-        given = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(given | config))
-    save_weights(path, randomised(load_model(open_folder(path)), seed))
+def model_folder(path: Path, preset: str, seed: int = 1, **sizes: Any) -> Path:
+    """A model folder with random weights."""
+    path.mkdir(parents=True)
+    for name, content in _files(preset, seed, tuple(sizes.items())).items():
+        (path / name).write_bytes(content)
     return path
+
+
+@cache
+def _files(preset: str, seed: int, sizes: tuple[tuple[str, Any], ...]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = empty_folder(Path(temporary, "model"), preset, **dict(sizes))
+        save_weights(path, randomised(load_model(open_folder(path)), seed))
+        return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def save_weights(path: Path, model: GPT) -> None:

@@ -88,8 +88,15 @@ def test_steps_are_the_next_rows_that_fit_and_at_least_one():
 
 
 options_of_a_run = st.one_of(
-    st.builds(lambda n, e, s: Train(batch_tokens=n, epochs=e, seed=s), st.integers(1, 30), st.integers(1, 3), st.integers(0, 99)),
-    st.builds(lambda n, e, s: Train(batch_rows=n, epochs=e, seed=s), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99)),
+    st.builds(
+        lambda n, e, s: Train(batch_tokens=n, epochs=e, seed=s),
+        st.integers(1, 30),
+        st.integers(1, 3),
+        st.integers(0, 99),
+    ),
+    st.builds(
+        lambda n, e, s: Train(batch_rows=n, epochs=e, seed=s), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99)
+    ),
 )
 
 
@@ -102,7 +109,9 @@ def test_every_row_comes_exactly_once_an_epoch_and_no_step_outgrows_its_limit(le
     for rows, _, ends in plan.from_step(0):
         seen += rows
         tokens = sum(lengths[i] for i in rows)
-        assert len(rows) == 1 or (len(rows) <= options.batch_rows if options.batch_rows else tokens <= options.batch_tokens)
+        assert len(rows) == 1 or (
+            len(rows) <= options.batch_rows if options.batch_rows else tokens <= options.batch_tokens
+        )
         if ends:
             assert sorted(seen) == list(range(len(lengths)))
             seen, epochs = [], epochs + 1

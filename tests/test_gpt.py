@@ -113,9 +113,7 @@ def save_theirs(transformers, kind, switches, path):
     theirs.save_pretrained(path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [*(("llama", name) for name in LLAMAS), *(("gpt2", name) for name in GPT2S)]
-)
+@pytest.mark.parametrize(("kind", "name"), [*(("llama", name) for name in LLAMAS), *(("gpt2", name) for name in GPT2S)])
 def test_what_transformers_saves_loads_with_equal_logits(transformers, kind, name, tmp_path):
     save_theirs(transformers, kind, (LLAMAS if kind == "llama" else GPT2S)[name], tmp_path / "m")
     ids = [i % 97 for i in IDS]

@@ -60,7 +60,7 @@ def lr_share(step: int, steps: int, schedule: recipe.Schedule) -> float:
     elif schedule.kind == "cosine":
         shape = 0.5 + 0.5 * math.cos(math.pi * progress)
     elif schedule.kind == "wsd":
-        decay = max(1, min(round(schedule.decay * steps), steps - warmup))
+        decay = min(round(schedule.decay * steps), steps - warmup - 1)  # the step after warm-up stays at the peak
         shape = min(1.0, (steps - step) / (decay + 1))
     else:
         return 1.0

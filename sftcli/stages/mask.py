@@ -13,7 +13,7 @@ from sftcli.artifacts import decode_json, json_line, model_folder, open_output
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Mask
 from sftcli.rowfile import is_row_file, write_rows
-from sftcli.rows import DOCUMENT_FIELDS, IGNORE, Document, Extra, Row, encode_row
+from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
 from sftcli.stages.common import Rejects, read_lines_of
 from sftcli.text import pretokenized
 from sftcli.text.objectives import causal
@@ -30,6 +30,7 @@ class Summary:
     kept: int = 0
     cut: int = 0
     dropped: Tally[str] = field(default_factory=Tally)
+    first_dropped: dict[str, str] = field(default_factory=dict)  # file:line, by reason
     tokens: int = 0
     trained: int = 0
     turns: int = 0
@@ -51,44 +52,50 @@ class Made:
 
 def mask(options: Mask, source: str, output: str | None, show: int = 0, model: str | None = None) -> Summary:
     """Run the stage. `model` only names tokens in what is shown."""
-    rule = causal.rule_of(options)
-    to_columns = output is not None and is_row_file(output)
-    if options.format == "neox" and not options.seq_len:
-        raise UsageError("--format neox needs --seq-len N")
-    if options.format != "rows" and to_columns:
-        raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
     summary = Summary()
-    codec = load_codec(model_folder(model)) if model else None
-    with Rejects("skip", options.rejects) as rejects, console.live() as line, ExitStack() as stack:
-        made = _counted(_made(options, rule, source, rejects, summary), line)
-        made = _shown(made, show, codec, line)
-        if to_columns:
-            summary.lost_fields.clear()
-            write_rows(str(output), (item.row for item in _without_extra(made, summary)))
+    to_columns = output is not None and is_row_file(output)
+    with ExitStack() as stack:
+        out = None if to_columns else stack.enter_context(open_output(output))
+        rejects = stack.enter_context(Rejects("skip", options.rejects))
+        line = stack.enter_context(console.live())
+        rule = causal.rule_of(options)
+        if options.format == "neox" and not options.seq_len:
+            raise UsageError("--format neox needs --seq-len N")
+        if options.format != "rows" and to_columns:
+            raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
+        codec = load_codec(model_folder(model)) if model else None
+        made = _shown(_counted(_made(options, rule, source, rejects, summary), line), show, codec, line)
+        made = _accounted(made, summary, codec, line, to_columns)
+        if out is None:
+            write_rows(str(output), (item.row for item in made))
         else:
-            out = stack.enter_context(open_output(output))
-            for item in made:
-                out.write(_formatted(item, options))
+            out.writelines(_formatted(item, options) for item in made)
+    return summary
+
+
+def _accounted(
+    made: Iterator[Made], summary: Summary, codec: Codec | None, line: console.Live, to_columns: bool
+) -> Iterator[Made]:
+    """The rows, then the account of them. Raises DataError while the output is still open if none is left."""
+    for item in made:
+        if to_columns:
+            summary.lost_fields |= item.extra.keys()
+        yield item
+    line.clear()
     _report(summary, codec or recall_codec(next(iter(summary.tokenizers), None)))
     if summary.rows and not summary.kept:
-        raise DataError(
-            f"nothing is left to train: all {summary.rows:,} rows were dropped "
-            f"({', '.join(f'{count:,} {reason}' for reason, count in summary.dropped.items())})"
-        )
-    return summary
+        raise DataError(f"nothing is left to train: all {summary.rows:,} rows were dropped ({_reasons(summary)})")
 
 
 def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summary: Summary) -> Iterator[Made]:
     """Every document that leaves something to train, as a row that fits; the others are counted by reason."""
+    limit = _limit(options)
     for where, line, fields in read_lines_of([source]):
         if isinstance(fields, DataError):
             raise fields
         summary.rows += 1
         try:
             made = _row(line, fields, where, summary.rows, rule, options)
-            limit = options.max_length or (
-                options.seq_len + 1 if options.format == "neox" and options.seq_len else None
-            )
             if not made.row.trained():
                 raise causal.NothingTrained("nothing trained")
             if limit and len(made.row.input_ids) > limit:
@@ -96,14 +103,15 @@ def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summa
                     raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", where, "$.input_ids")
                 made = _cut(made, limit, options.too_long)
                 summary.cut += 1
+            _count(made, summary)
         except causal.NothingTrained as reason:
             summary.dropped[str(reason)] += 1
+            summary.first_dropped.setdefault(str(reason), where)
             if rejects.path:
                 rejects.add(DataError(str(reason), where), line)
             continue
         except DataError as error:
             raise error.located(where) from None
-        _count(made, summary)
         yield made
 
 
@@ -113,11 +121,9 @@ def _row(
     if "segments" in fields:
         document = decode_json(line, where, Document)
         _check_segments(document, where)
-        extra = {name: raw for name, raw in fields.items() if name not in DOCUMENT_FIELDS}
         given = None
     elif "input_ids" in fields:
         document, given = pretokenized.read(line, fields, where, number)
-        extra = pretokenized.unknown_fields(fields)
         if given is None and options.train_on in ("own", "last"):
             raise DataError(
                 "input_ids with neither segments nor labels nor loss_mask",
@@ -133,6 +139,7 @@ def _row(
     else:
         weights = causal.weights_of(document, rule, options)
     row = causal.row_of(document, causal.after_eod(document, weights, options))
+    extra = {name: raw for name, raw in fields.items() if name not in RESERVED and name not in pretokenized.KNOWN}
     return Made(row, document, weights, extra)
 
 
@@ -144,6 +151,12 @@ def _check_segments(document: Document, where: str) -> None:
         if not at <= segment.start < segment.end <= len(document.input_ids) or not segment.weight >= 0:
             raise DataError("segment out of order or outside of the ids", where, f"$.segments[{i}]")
         at = segment.end
+
+
+def _limit(options: Mask) -> int | None:
+    """The most tokens a row may have; GPT-NeoX's rows have seq_len + 1 (inputs and targets)."""
+    limits = [options.max_length, options.seq_len + 1 if options.format == "neox" and options.seq_len else None]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _cut(made: Made, limit: int, policy: str) -> Made:
@@ -167,18 +180,12 @@ def _formatted(item: Made, options: Mask) -> bytes:
     return encode_row(item.row, item.extra)
 
 
-def _without_extra(made: Iterator[Made], summary: Summary) -> Iterator[Made]:
-    for item in made:
-        summary.lost_fields |= item.extra.keys()
-        yield item
-
-
 def _shown(made: Iterator[Made], count: int, codec: Codec | None, line: console.Live) -> Iterator[Made]:
     """Print the first rows on their way."""
     for item in islice(made, count):
         line.clear()
-        known = codec or recall_codec(item.row.tokenizer)
-        views.show_row(item.row, known.token_text if known else str, item.document.segments)
+        names = codec or recall_codec(item.row.tokenizer) or views.Numbers()
+        views.show_row(item.row, names, item.document.segments)
         yield item
     yield from made
 
@@ -212,7 +219,7 @@ def _report(summary: Summary, codec: Codec | None) -> None:
         console.warn("mask: the input is empty")
         return
     dropped = sum(summary.dropped.values())
-    reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in summary.dropped.items())})" if dropped else ""
+    reasons = f" ({_reasons(summary)})" if dropped else ""
     share = summary.trained / max(summary.tokens, 1)
     console.note(
         f"mask: {summary.rows:,} rows in, {summary.kept:,} kept, {summary.cut:,} cut, {dropped:,} dropped{reasons}; "
@@ -223,6 +230,13 @@ def _report(summary: Summary, codec: Codec | None) -> None:
     if summary.lost_fields:
         console.note(f"mask: not kept in safetensors: {', '.join(sorted(summary.lost_fields))}")
     _report_stops(summary, codec)
+
+
+def _reasons(summary: Summary) -> str:
+    """`2 no match, first chat.jsonl:7`, for each reason."""
+    return "; ".join(
+        f"{count:,} {reason}, first {summary.first_dropped[reason]}" for reason, count in summary.dropped.items()
+    )
 
 
 def _report_stops(summary: Summary, codec: Codec | None) -> None:

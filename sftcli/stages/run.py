@@ -29,6 +29,7 @@ def run(recipe: Recipe, output: str) -> dict[str, Any]:
         _generate(recipe, folder)
     results = _evaluate(recipe, folder) if recipe.evaluate else {}
     console.note(f"run: done in {console.clock(time.monotonic() - begin)}; everything is in {folder}")
+    console.note(f"run: look at it with `sft show {folder}`, use it with `sft generate PROMPTS -m {folder}`")
     return results
 
 
@@ -46,8 +47,6 @@ class _Stage:
         same = done.get("key") == self.key and done.get("outputs") == [_content(path) for path in self.outputs]
         if same:
             console.note(f"{self.name}: nothing has changed, skipped")
-        else:
-            console.note(f"{self.name}:")
         return same
 
     def done(self) -> None:
@@ -140,7 +139,8 @@ def _generate(recipe: Recipe, folder: Path) -> None:
         if number == SHOWN_ANSWERS:
             break
         reference = f"   (reference: {json.loads(bytes(fields['reference']))})" if "reference" in fields else ""
-        console.note(f"  {_question(fields)}\n    -> {json.loads(bytes(fields['completion']))}{reference}")
+        console.note(f"  {_question(fields)}")
+        console.note(f"    -> {json.loads(bytes(fields['completion']))}{reference}")
 
 
 def _question(fields: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def show(path: str, count: int, model: str | None) -> None:
         rows = RowFile(path)
         views.show_record(path, [("rows", f"{len(rows):,}"), ("tokens", f"{sum(rows.lengths()):,}")])
         for row in islice(rows, count):
-            views.show_row(row, _text_of(codec, row.tokenizer), stderr=False)
+            views.show_row(row, _names(codec, row.tokenizer), stderr=False)
         return
     lines = read_objects(path)
     first = next(lines, None)
@@ -59,19 +59,18 @@ def _kind_of(fields: Fields) -> Callable[..., None]:
     return _show_any
 
 
-def _text_of(codec: Codec | None, tokenizer: str | None) -> Callable[[int], str]:
-    known = codec or recall_codec(tokenizer)
-    return known.token_text if known else lambda token: f"{token} "
+def _names(codec: Codec | None, tokenizer: str | None) -> views.Names:
+    return codec or recall_codec(tokenizer) or views.Numbers()
 
 
 def _show_row(where: str, line: bytes, fields: Fields, codec: Codec | None) -> None:
     row = decode_json(line, where, Row)
-    views.show_row(row, _text_of(codec, row.tokenizer), stderr=False)
+    views.show_row(row, _names(codec, row.tokenizer), stderr=False)
 
 
 def _show_document(where: str, line: bytes, fields: Fields, codec: Codec | None) -> None:
     document = decode_json(line, where, Document)
-    views.show_document(document, _text_of(codec, document.tokenizer))
+    views.show_document(document, _names(codec, document.tokenizer))
 
 
 def _show_any(where: str, line: bytes, fields: Fields, codec: Codec | None) -> None:

@@ -12,7 +12,7 @@ from sftcli import console
 from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
-from sftcli.rows import Document, encode_document
+from sftcli.rows import RESERVED, Document, encode_document
 from sftcli.stages.common import Rejects, codec_for, keep_for_later, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.records import Conversation, read_record, renamed
@@ -34,6 +34,7 @@ class Summary:
     expanded: int = 0
     shapes: Tally[str] = field(default_factory=Tally)
     with_tools: int = 0
+    left_out: set[str] = field(default_factory=set)  # fields of the data that have the name of a column of ours
 
 
 @dataclass
@@ -190,6 +191,8 @@ def _written(
 def _documents(
     record: _Record, results: list[Encoded], codec: Codec, template: Template, summary: Summary
 ) -> Iterator[bytes]:
+    extra = {name: raw for name, raw in record.conversation.extra.items() if name not in RESERVED}
+    summary.left_out |= record.conversation.extra.keys() - extra.keys()
     summary.expanded += len(results) > 1
     for number, (ids, segments) in enumerate(results):
         summary.documents += 1
@@ -204,7 +207,7 @@ def _documents(
             tokenizer=codec.hash,
             template=template.hash,
         )
-        yield encode_document(document, record.conversation.extra)
+        yield encode_document(document, extra)
 
 
 def _report(summary: Summary, codec: Codec, template: Template) -> None:
@@ -219,6 +222,10 @@ def _report(summary: Summary, codec: Codec, template: Template) -> None:
         f"{summary.rejected:,} rejected; {summary.tokens:,} tokens, {summary.own:,} the model's own; "
         f"template {template.name} {template.hash}, tokenizer {codec.hash}"
     )
+    if summary.left_out:
+        console.warn(
+            f"tokenize: fields left out, as tokens and rows have such columns: {', '.join(sorted(summary.left_out))}"
+        )
     if summary.expanded:
         console.note(f"tokenize: the template rewrites history: {summary.expanded:,} rows became one document a turn")
     if codec.counts.merges_cut:

@@ -299,7 +299,7 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
             metrics.flush()
             if _samples_due(options, step, evaluation, last):
                 _answer_samples(job, step)
-            line.show(_progress(job, report, begin, start))
+            line.show(_progress(job, report, begin, start), step / job.plan.steps)
             enough = evaluation is not None and _no_better(job, evaluation.loss, step)
             at_checkpoint = step % options.checkpoint_every == 0 if options.checkpoint_every else epoch_ends
             if at_checkpoint or last or stopped or enough or (job.best and job.best[1] == step and options.patience):

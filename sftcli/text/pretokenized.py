@@ -7,7 +7,7 @@ import msgspec
 
 from sftcli.artifacts import decode_json
 from sftcli.errors import DataError
-from sftcli.rows import IGNORE, Document, Extra, Row
+from sftcli.rows import IGNORE, Document, Row, TokenId
 
 NEOX_PAD = 0  # GPT-NeoX pads text with 0 and labels with -100
 
@@ -17,7 +17,7 @@ KNOWN = {"id", "input_ids", "labels", "loss_mask", "attention_mask", "source", "
 class Tokens(msgspec.Struct):
     """A pretokenised line. A `loss_mask` one shorter than the ids is the targets' (GPT-NeoX), else the ids' own."""
 
-    input_ids: list[int]
+    input_ids: list[TokenId]
     labels: list[int] | None = None
     loss_mask: list[float] | None = None
     id: str | int | None = None
@@ -64,10 +64,6 @@ def _weights_of_labels(labels: list[int], ids: list[int], where: str) -> list[fl
                 hint = "these labels are shifted already; give them as they stand under their own tokens"
             raise DataError(f"label {label} under token {token}", where, f"$.labels[{i}]", hint)
     return [0.0 if label == IGNORE else 1.0 for label in labels]
-
-
-def unknown_fields(fields: Mapping[str, msgspec.Raw]) -> Extra:
-    return {name: raw for name, raw in fields.items() if name not in KNOWN}
 
 
 # ---- out, for other projects

@@ -1,0 +1,138 @@
+"""Which parameter gets which optimiser, the learning rate over a run, and optimizer state there and back."""
+
+import pytest
+import torch
+from model_fixtures import CPU, make_model, make_rows
+
+from sftcli import recipe
+from sftcli.model.optim import build, load_state_tensors, lr_share, set_lr, state_tensors
+from sftcli.model.training import accumulate
+
+KINDS = ("constant", "linear", "cosine", "wsd")
+
+
+def names_of(model, params):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)] for p in params}
+
+
+@pytest.mark.parametrize("preset", ["llama", "gpt2"])
+def test_decay_acts_on_matrices_and_never_on_norms_and_biases(preset, tmp_path):
+    model = make_model(tmp_path / "m", preset)
+    (adamw,) = build(model, recipe.AdamW(weight_decay=0.3), 1e-3)
+    decayed, rest = adamw.param_groups
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in rest["params"])
+    both = names_of(model, decayed["params"]) | names_of(model, rest["params"])
+    assert both == {name for name, _ in model.named_parameters()}
+    expected = {"norm.weight", "blocks.0.attention_norm.weight"} | (
+        {"blocks.0.mlp.up.bias"} if preset == "gpt2" else set()
+    )
+    assert expected <= names_of(model, rest["params"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_takes_the_matrices_of_blocks_only(tied, tmp_path):
+    model = make_model(tmp_path / "m", "gpt2", tied=tied)
+    adamw, muon = build(model, recipe.Muon(), 1e-3)
+    taken = names_of(model, [p for group in muon.param_groups for p in group["params"]])
+    matrices = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down")
+    assert taken == {f"blocks.{n}.{name}.weight" for n in range(3) for name in matrices}
+    left = names_of(model, [p for group in adamw.param_groups for p in group["params"]])
+    assert {"embedding.weight", "position.weight"} <= left
+    assert ("head.weight" in left) == (not tied)
+    assert taken | left == {name for name, _ in model.named_parameters()}
+    assert not taken & left
+
+
+def test_frozen_parameters_are_left_out(tmp_path):
+    model = make_model(tmp_path / "m", "llama")
+    for name, p in model.named_parameters():
+        p.requires_grad = name.startswith("blocks.2.attention.q")
+    for options in (recipe.AdamW(), recipe.Muon()):
+        (only,) = build(model, options, 1e-3)
+        assert names_of(model, [p for g in only.param_groups for p in g["params"]]) == {"blocks.2.attention.q.weight"}
+
+
+# ---- the learning rate
+
+
+def shares(steps, **options):
+    schedule = recipe.Schedule(**options)
+    return [lr_share(step, steps, schedule) for step in range(steps)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
+def test_run_of_any_length_reaches_the_peak_and_is_never_beyond(kind, warmup, steps):
+    for decay in (0.0, 0.2, 1.0):
+        found = shares(steps, kind=kind, warmup=warmup, decay=decay)
+        assert max(found) == pytest.approx(1)
+        assert min(found) > 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_long_run_ends_near_the_floor(kind, floor):
+    found = shares(1000, kind=kind, floor=floor)
+    assert floor < found[-1] < floor + 0.01
+    assert shares(1000, kind="constant", floor=floor)[-1] == 1
+
+
+def test_warmup_rises_evenly_and_the_rest_never_rises():
+    for kind in KINDS:
+        found = shares(100, kind=kind, warmup=0.1)
+        assert found[:11] == pytest.approx([(i + 1) / 11 for i in range(11)])
+        assert all(later <= earlier for earlier, later in zip(found[10:], found[11:], strict=False))
+
+
+def test_shapes_have_the_values_written_by_hand():
+    assert shares(4, kind="linear", warmup=0) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert shares(4, kind="cosine", warmup=0) == pytest.approx([1, 0.8535534, 0.5, 0.1464466])
+    assert shares(5, kind="wsd", warmup=0, decay=0.4) == pytest.approx([1, 1, 1, 2 / 3, 1 / 3])
+    assert shares(4, kind="linear", warmup=0, floor=0.2) == pytest.approx([1, 0.8, 0.6, 0.4])
+
+
+# ---- state
+
+
+@pytest.mark.parametrize("options", [recipe.AdamW(lr=1e-2), recipe.Muon(lr=1e-2)], ids=["adamw", "muon"])
+def test_state_put_back_continues_bit_for_bit(options, tmp_path):
+    rows = make_rows([6, 9, 5])
+
+    def step(model, optimizers):
+        accumulate(model, rows, 99, CPU)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    model = make_model(tmp_path / "a", "llama")
+    optimizers = build(model, options, 1e-2)
+    for _ in range(3):
+        step(model, optimizers)
+    state = {name: value.clone() for name, value in state_tensors(model, optimizers).items()}
+    assert {name.rpartition("/")[0] for name in state} == {name for name, _ in model.named_parameters()}
+
+    other = make_model(tmp_path / "b", "llama")
+    other.load_state_dict(model.state_dict())
+    fresh = build(other, options, 1e-2)
+    unstated = make_model(tmp_path / "c", "llama")
+    unstated.load_state_dict(model.state_dict())
+    load_state_tensors(other, fresh, state)
+    again = state_tensors(other, fresh)
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    step(model, optimizers)
+    step(other, fresh)
+    step(unstated, build(unstated, options, 1e-2))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, dict(other.named_parameters())[name])
+    assert not torch.equal(model.blocks[0].mlp.up.weight, unstated.blocks[0].mlp.up.weight)
+
+
+def test_learning_rate_is_set_in_every_group_of_every_optimiser(tmp_path):
+    optimizers = build(make_model(tmp_path / "m", "gpt2"), recipe.Muon(), 1e-3)
+    set_lr(optimizers, 7e-5)
+    assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {7e-5}
