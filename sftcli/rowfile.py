@@ -175,9 +175,9 @@ class RowFile:
         sizes += [("turns", "turns.offsets", len(self)), ("turns.role", "turns.role.offsets", turns)]
         for name, ends, count in sizes:
             if name in self.columns:
-                offsets = self.columns.get(ends, ())
+                offsets = self.columns.get(ends)
                 values = turns if name == "turns" else len(self.columns[name])
-                if len(offsets) != max(count, 0) + 1 or offsets[0] != 0 or offsets[-1] != values:
+                if not offsets or len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != values:
                     raise CheckpointError(f"{self.path} is damaged: {ends} does not describe column {name}")
         if any(start > end for start, end in pairwise(self.offsets.tolist())):
             raise CheckpointError(f"{self.path} is damaged: its offsets do not increase")

@@ -83,7 +83,7 @@ def test_question_and_answer_row_has_the_loss_written_down():  # HF-2
 WRONG = {  # HF-3: name -> (labels, align, loss)
     "no shift": (HF2_LABELS, "same", 2.8451595),
     "mask not shifted": ([IGNORE] * 9 + HF2[9:], "next", 3.2555151),
-    "double shift": (HF2_LABELS[1:] + [IGNORE], "next", 2.8379202),
+    "double shift": ([*HF2_LABELS[1:], IGNORE], "next", 2.8379202),
     "<sep> also trained": ([IGNORE] * 7 + HF2[7:], "next", 3.0409107),
     "all tokens": (HF2, "next", 2.9353752),
 }

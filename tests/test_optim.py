@@ -1,5 +1,7 @@
 """Which parameter gets which optimiser, the learning rate over a run, and optimizer state there and back."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from model_fixtures import CPU, make_model, make_rows
@@ -85,7 +87,7 @@ def test_warmup_rises_evenly_and_the_rest_never_rises():
     for kind in KINDS:
         found = shares(100, kind=kind, warmup=0.1)
         assert found[:11] == pytest.approx([(i + 1) / 11 for i in range(11)])
-        assert all(later <= earlier for earlier, later in zip(found[10:], found[11:], strict=False))
+        assert all(later <= earlier for earlier, later in pairwise(found[10:]))
 
 
 def test_shapes_have_the_values_written_by_hand():

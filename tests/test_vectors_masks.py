@@ -81,7 +81,7 @@ def test_nx3_no_match_is_dropped_and_counted_unless_asked_otherwise(sft, lines):
     data = lines({"input_ids": [9, 9, 4, 5]}, {"input_ids": [8, 1, 2]})
     dropped = sft("mask", data, "--train-on", "after:8")
     assert [row["id"] for row in dropped.rows] == ["2"]
-    assert "2 rows in, 1 kept, 0 cut, 1 dropped (1 no match)" in dropped.err
+    assert f"2 rows in, 1 kept, 0 cut, 1 dropped (1 no match, first {data}:1)" in dropped.err
     refused = sft("mask", data, "--train-on", "after:8", "--no-match", "error")
     assert refused.code == 3
     assert "data.jsonl:1: nothing matches train_on after:8" in refused.err

@@ -1,15 +1,15 @@
 """Rows on disk as a model is to see them: checked against it, split, and what ends their turns."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
-from sftcli.errors import DataError
-from sftcli.model.batches import shuffled
+from sftcli.errors import DataError, UsageError
+from sftcli.model.batches import shuffled, weight_of
 from sftcli.model.gpt import GPTConfig
-from sftcli.rowfile import RowFile
-from sftcli.rows import IGNORE
+from sftcli.rowfile import RowFile, is_row_file
+from sftcli.rows import IGNORE, Row, read_rows_jsonl
 
 HELD_OUT_EPOCH = (1 << 20) - 1  # the shuffle that picks held-out rows: no epoch of a run
 
@@ -35,19 +35,51 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
             where,
             hint=f"sft mask --max-length {config.context}",
         )
-    ids = column(rows, "input_ids")
-    outside = ((ids < 0) | (ids >= config.vocab_size)).nonzero()
-    if outside.numel():
-        token = int(outside[0])
-        i = int((offsets <= token).sum()) - 1
-        raise DataError(
-            f"row {rows[i].id!r} (number {i + 1}) has id {int(ids[token])}, "
-            f"the model's vocabulary has {config.vocab_size}",
-            where,
-            "$.input_ids",
-        )
-    if not bool((column(rows, "labels") != IGNORE).any()):
+    for name, what in (("input_ids", "id"), ("labels", "label")):
+        values = column(rows, name)
+        outside = (values < 0) | (values >= config.vocab_size)
+        if name == "labels":
+            outside &= values != IGNORE
+        if (found := outside.nonzero()).numel():
+            token = int(found[0])
+            i = int((offsets <= token).sum()) - 1
+            raise DataError(
+                f"row {rows[i].id!r} (number {i + 1}) has {what} {int(values[token])}, "
+                f"the model's vocabulary has {config.vocab_size}",
+                where,
+                f"$.{name}",
+            )
+    if not any(weight_of([row]) for row in rows):
         raise DataError("no token of any row is trained", where)
+
+
+def check_tokenizer(made_with: str | None, tokenizer: str, where: str) -> None:
+    """Raise UsageError for rows of another tokenizer than the model's (both by hash; rows may not say)."""
+    if made_with and made_with != tokenizer:
+        raise UsageError(
+            f"{where}: rows were tokenised with tokenizer {made_with}, the model has {tokenizer}",
+            hint="run `sft tokenize` and `sft mask` again with this -m",
+        )
+
+
+def fitting_rows(path: str, config: GPTConfig, tokenizer: str) -> Iterator[Row]:
+    """Rows of a file (or `-`) as they come, each checked against the model as `check_rows` does."""
+    if is_row_file(path):
+        found = ((path, row) for row in RowFile(path))
+    else:
+        found = ((where, row) for where, row, _ in read_rows_jsonl(path))
+    for where, row in found:
+        check_tokenizer(row.tokenizer, tokenizer, where)
+        if len(row.input_ids) > config.context:
+            reason = f"row {row.id!r} has {len(row.input_ids)} tokens, the model's context is {config.context}"
+            raise DataError(reason, where, hint=f"sft mask --max-length {config.context}")
+        labels = [label for label in row.labels if label != IGNORE]
+        for name, what, values in (("input_ids", "id", row.input_ids), ("labels", "label", labels)):
+            outside = [value for value in values if not 0 <= value < config.vocab_size]
+            if outside:
+                reason = f"row {row.id!r} has {what} {outside[0]}, the model's vocabulary has {config.vocab_size}"
+                raise DataError(reason, where, f"$.{name}")
+        yield row
 
 
 def trained_stops(rows: RowFile, special_ids: Collection[int]) -> list[int]:

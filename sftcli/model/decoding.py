@@ -93,13 +93,15 @@ class Table:
     def keep(self, slots: Sequence[int]) -> None:
         """Let the other rows leave; columns that are then empty for all go with them."""
         at = torch.tensor(slots, dtype=torch.long, device=self.mask.device)
-        mask = self.mask[at, : self.width]
-        used = mask.any(0).nonzero()
+        mask = self.mask[at]
+        used = mask.any(0).nonzero()[:, 0]
         first = int(used[0]) if len(used) else self.width
-        self.mask = mask[:, first:]
-        self.keys = [k[at, :, first : self.width] for k in self.keys]
-        self.values = [v[at, :, first : self.width] for v in self.values]
-        self.width -= first
+        holes = len(used) < self.width - first  # on the right, between the prompts and what was generated later
+        columns = used if holes else slice(first, None)
+        self.mask = mask[:, columns]
+        self.keys = [k[at][:, :, columns] for k in self.keys]
+        self.values = [v[at][:, :, columns] for v in self.values]
+        self.width = len(used)
 
     def add(self, lengths: Sequence[int], keys: list[Tensor], values: list[Tensor]) -> None:
         """Rows enter: keys and values of their prompts (T, G, D) a layer, laid end to end in the order of `lengths`.

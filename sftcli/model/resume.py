@@ -4,7 +4,6 @@ A checkpoint is a folder `step-N` that appears under its name only when complete
 safetensors, the rest as JSON. Order, learning rate and dropout are functions of (seed, step) and need no state.
 """
 
-import os
 import re
 import secrets
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
@@ -23,11 +23,12 @@ from sftcli.model.optim import load_state_tensors, state_tensors
 
 TRAINED, STATE, OPTIMIZER = "trained.safetensors", "state.json", "optimizer.safetensors"
 RNG = "rng"  # torch's CPU generator, beside the optimizer's tensors
+DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError)  # what a broken file ends in
 
 
 def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: dict[str, Any], keep: int) -> Path:
     """Write checkpoints/step-N and then let go of all but the newest `keep` (and the best, if `facts` names one)."""
-    folder = run / CHECKPOINTS / f"step-{step:06}"
+    folder = folder_of(run, step)
     temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
@@ -48,6 +49,10 @@ def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: d
     return folder
 
 
+def folder_of(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:06}"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [path for path in (run / CHECKPOINTS).glob("step-*") if (path / STATE).is_file()]
@@ -62,30 +67,37 @@ def _step_of(path: Path) -> int:
 def load(folder: Path, model: GPT, optimizers: list[Optimizer]) -> dict[str, Any]:
     """Put a checkpoint back into a model and its optimizers; returns its facts. Raises CheckpointError."""
     facts: dict[str, Any] = read_json(folder / STATE)
+    if not isinstance(facts, dict) or not {"step", "settings"} <= set(facts):
+        raise CheckpointError(f"{folder / STATE} is damaged: no step or no settings")
     load_weights(folder, model)
     try:
         state = load_file(folder / OPTIMIZER)
         torch.set_rng_state(state.pop(RNG))
         load_state_tensors(model, optimizers, state)
-    except (OSError, KeyError, ValueError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{folder / OPTIMIZER} is damaged: {error}") from None
     return facts
 
 
 def load_weights(folder: Path, model: GPT) -> None:
     """Only the weights of a checkpoint (the best one, at the end of a run with patience)."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
-        for name, value in load_file(folder / TRAINED).items():
+        found = load_file(folder / TRAINED)
+        if missing := set(parameters) - set(found):
+            raise KeyError(min(missing))
+        for name, value in found.items():
             with torch.no_grad():
                 parameters[name].copy_(value)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{folder / TRAINED} is damaged: {error}") from None
 
 
 def remove_leftovers(run: Path) -> None:
     """What a killed process left half-written."""
-    if (run / CHECKPOINTS).is_dir():
-        for name in os.listdir(run / CHECKPOINTS):
-            if name.startswith((".tmp-", ".old-")):
-                shutil.rmtree(run / CHECKPOINTS / name, ignore_errors=True)
+    for folder in (run, run / CHECKPOINTS):
+        for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

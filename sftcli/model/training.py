@@ -19,7 +19,7 @@ from sftcli.rows import Row
 
 @dataclass(frozen=True)
 class Report:
-    """One optimizer step. `loss` is per unit of weight; `tokens` are real ones (there is no padding)."""
+    """One optimizer step. `loss` is per unit of weight (nan: it has none and was skipped); `tokens` are no padding."""
 
     step: int  # from 1
     epoch: float  # share of the data seen, in epochs
@@ -128,7 +128,7 @@ class StepSums:
         return Report(
             step=step,
             epoch=epoch,
-            loss=self.loss,
+            loss=self.loss if self.weight else math.nan,
             tokens=self.tokens,
             trained=self.trained,
             lr=lr,

@@ -20,21 +20,20 @@ MICRO_BATCH_TOKENS = 8192
 def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any]:
     """Loss (per unit of weight), perplexity, token accuracy and bits per byte of rows; `per_row`: a JSONL of nll."""
     from sftcli.model.checkpoint import load_model, open_folder
+    from sftcli.model.dataset import fitting_rows
     from sftcli.model.scoring import Totals, score_rows
     from sftcli.model.training import choose_engine
-    from sftcli.rowfile import RowFile, is_row_file
-    from sftcli.rows import read_rows_jsonl
     from sftcli.text.tokenizer import load_codec
 
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
     engine = choose_engine("auto", "auto")
-    rows = iter(RowFile(source)) if is_row_file(source) else (row for _, row, _ in read_rows_jsonl(source))
+    rows = fitting_rows(source, folder.config, codec.hash)
     network = load_model(folder).to(engine.device)
     totals = Totals()
     text_bytes, text_nll = 0, 0.0
     with open_output(per_row) if per_row else console.live() as out:
-        for score in score_rows(network, _fitting(rows, folder.config, codec.hash), MICRO_BATCH_TOKENS, engine):
+        for score in score_rows(network, rows, MICRO_BATCH_TOKENS, engine):
             totals.add(score)
             labels = score.row.labels[1:] if score.row.align == "next" else score.row.labels
             labels = [label for label in labels if label >= 0]
@@ -44,8 +43,8 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
             if per_row:
                 line = {"id": score.row.id, "labels": labels, "nll": score.nll, "weight": score.weights}
                 out.write(json_line(line | {"correct": score.correct}))  # type: ignore[union-attr]
-    if not totals.tokens:
-        raise DataError("no rows to evaluate", artifacts.name_of(source))
+    if not totals.weight:
+        raise DataError("no row has a trained token: nothing to evaluate", artifacts.name_of(source))
     return {
         "rows": totals.rows,
         "tokens": totals.tokens,
@@ -54,19 +53,6 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
         "token_accuracy": totals.accuracy,
         "bits_per_byte": text_nll / math.log(2) / text_bytes if text_bytes else None,
     }
-
-
-def _fitting(rows: Any, config: Any, tokenizer: str) -> Any:
-    """Rows as they come, refused where the model cannot take them."""
-    for number, row in enumerate(rows, 1):
-        where = f"row {number} ({row.id})"
-        if row.tokenizer and row.tokenizer != tokenizer:
-            raise UsageError(f"{where} was made with tokenizer {row.tokenizer}, the model has {tokenizer}")
-        if len(row.input_ids) > config.context:
-            raise DataError(f"{len(row.input_ids)} tokens, the model's context is {config.context}", where)
-        if max(row.input_ids) >= config.vocab_size:
-            raise DataError(f"id {max(row.input_ids)}, the model's vocabulary has {config.vocab_size}", where)
-        yield row
 
 
 # ---- completions against references

@@ -1,5 +1,6 @@
 """sft train: rows -> a model folder, with everything a run leaves behind."""
 
+import math
 import os
 import platform
 import shutil
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from torch.optim import Optimizer
 import sftcli
 from sftcli import artifacts, console
 from sftcli.artifacts import METRICS, MODEL, RUN, SAMPLES, file_fingerprint, json_line
-from sftcli.errors import DataError, Exit, SftError, UsageError
+from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model import optim, resume
+from sftcli.model.batches import weight_of
 from sftcli.model.checkpoint import WEIGHTS, ModelFolder, load_model, open_folder, save_model
-from sftcli.model.dataset import check_rows, split, trained_stops
+from sftcli.model.dataset import check_rows, check_tokenizer, fitting_rows, split, trained_stops
 from sftcli.model.decoding import Prompt, generate, in_order
 from sftcli.model.gpt import GPT
 from sftcli.model.scoring import Totals, total_score
@@ -42,7 +45,8 @@ class Outcome:
     """How a run ended."""
 
     steps: int = 0
-    loss: float = 0.0
+    skipped: int = 0  # steps of this process that had no weight
+    loss: float | None = None  # None: there was no step left to take
     eval_loss: float | None = None
     eval_accuracy: float | None = None
     seconds: float = 0.0
@@ -79,20 +83,24 @@ def train(options: Train, source: str, model: str, output: str, resumed: bool = 
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
-    _refuse_unfinished(run, resumed)
+    _refuse(run, folder, resumed)
     rows, where = _open_rows(source, run)
     check_rows(rows, folder.config, where)
-    _check_tokenizer(rows, codec, where)
+    check_tokenizer(rows[0].tokenizer, codec.hash, where)
     job = _job(options, folder, run, rows, where, codec)
     resume.remove_leftovers(run)
-    start = _resume(job) if resumed else _start_over(job)
+    start = job.outcome.steps = _resume(job) if resumed else _start_over(job)
     _announce(job, where, start)
-    with _stop_signals() as stopped:
-        _loop(job, start, stopped)
+    if not _enough(job):  # else early stopping had ended the run that is resumed
+        with _stop_signals() as stopped:
+            _loop(job, start, stopped)
     return _finish(job)
 
 
-def _refuse_unfinished(run: Path, resumed: bool) -> None:
+def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
+    """Refuse output folders whose content would be lost."""
+    if folder.path.resolve() == (run / MODEL).resolve():
+        raise UsageError(f"{run} holds the model to start from, which its new one would replace", hint="another -o")
     if not resumed and resume.checkpoints(run) and not (run / MODEL).is_dir():
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
@@ -102,8 +110,6 @@ def _refuse_unfinished(run: Path, resumed: bool) -> None:
 def _open_rows(source: str, run: Path) -> tuple[RowFile, str]:
     """The rows as a random-access file: JSON lines (a pipe, say) are first collected into the run folder."""
     if is_row_file(source):
-        if not os.path.isfile(source):
-            raise UsageError(f"cannot read {source}: no such file")
         return RowFile(source), source
     collected = run / artifacts.ROWS
     tokenizers: set[str | None] = set()
@@ -120,20 +126,9 @@ def _open_rows(source: str, run: Path) -> tuple[RowFile, str]:
     return RowFile(collected), artifacts.name_of(source)
 
 
-def _check_tokenizer(rows: RowFile, codec: Codec, where: str) -> None:
-    made_with = rows[0].tokenizer
-    if made_with and made_with != codec.hash:
-        raise UsageError(
-            f"{where}: rows were tokenised with tokenizer {made_with}, the model has {codec.hash}",
-            hint="run `sft tokenize` and `sft mask` again with this -m",
-        )
-
-
 def _job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: str, codec: Codec) -> Job:
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
-    eval_rows: list[Row] = [rows[i] for i in held_out]
-    if options.eval_data:
-        eval_rows += _eval_file(options.eval_data, folder, codec)
+    eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = choose_engine(options.device, options.dtype)
     model = load_model(folder, options.seed).to(engine.device)
     model.gradient_checkpointing = options.gradient_checkpointing
@@ -157,6 +152,7 @@ def _job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: s
         settings={
             "options": options.model_dump(mode="json"),
             "rows": file_fingerprint(rows.path),
+            "eval_data": _file_identity(options.eval_data),
             "model": _model_fingerprint(folder),
             "threads": torch.get_num_threads(),
             "device": str(engine.device),
@@ -165,13 +161,21 @@ def _job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: s
     )
 
 
-def _eval_file(path: str, folder: ModelFolder, codec: Codec) -> list[Row]:
-    if is_row_file(path):
-        rows = RowFile(path)
-        check_rows(rows, folder.config, path)
-        _check_tokenizer(rows, codec, path)
-        return list(rows)
-    return [row for _, row, _ in read_rows_jsonl(path)]
+def _eval_rows(options: Train, held_out: list[Row], folder: ModelFolder, codec: Codec) -> list[Row]:
+    """Held-out rows of the training data, then those of --eval-data; refused where they could not tell anything."""
+    found = held_out
+    if options.eval_data:
+        found = held_out + list(fitting_rows(options.eval_data, folder.config, codec.hash))
+    if (found or options.eval_data) and not any(weight_of([row]) for row in found):
+        raise DataError("no token of the held-out rows is trained", options.eval_data, hint="hold out other rows")
+    if options.patience and not found:
+        raise UsageError("patience needs held-out rows", hint="--eval-share 0.1, or --eval-data ROWS")
+    return found
+
+
+def _file_identity(path: str | None) -> str | None:
+    """A fingerprint of a file; None for a pipe, which can be read only once."""
+    return file_fingerprint(path) if path and os.path.isfile(path) else None
 
 
 def _model_fingerprint(folder: ModelFolder) -> str:
@@ -225,7 +229,7 @@ def _cut_back(path: Path, step: int) -> None:
             try:
                 if msgspec.json.decode(line)["step"] <= step:
                     kept.append(line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, KeyError, TypeError):
                 break  # a torn last line
         with artifacts.atomic_file(path) as file:
             file.writelines(kept)
@@ -288,8 +292,12 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
     with open(job.run / METRICS, "ab") as metrics, console.live() as line:
         for report, epoch_ends in reports:
             step = report.step
-            outcome.steps, outcome.loss = step, report.loss
+            outcome.steps = step
             outcome.tokens += report.tokens
+            if math.isnan(report.loss):
+                outcome.skipped += 1
+            else:
+                outcome.loss = report.loss
             last = step == job.plan.steps
             evaluation = None
             if job.eval_rows and (step % every == 0 or last):
@@ -300,19 +308,21 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
             if _samples_due(options, step, evaluation, last):
                 _answer_samples(job, step)
             line.show(_progress(job, report, begin, start), step / job.plan.steps)
-            enough = evaluation is not None and _no_better(job, evaluation.loss, step)
+            if evaluation:
+                _compare(job, evaluation.loss, step)
+            enough = _enough(job)
             at_checkpoint = step % options.checkpoint_every == 0 if options.checkpoint_every else epoch_ends
             if at_checkpoint or last or stopped or enough or (job.best and job.best[1] == step and options.patience):
                 _checkpoint(job, step)
-            if stopped:
-                raise SftError(
-                    f"stopped after step {step} of {job.plan.steps}; a checkpoint is saved",
-                    Exit.FAILURE if not stopped else stopped[0] + 128,  # type: ignore[arg-type]
-                    hint="--resume goes on",
-                )
             if enough:
                 console.note(f"train: step {step}: no better eval loss in {options.patience} evaluations, stopping")
                 break
+            if stopped and not last:
+                raise SftError(
+                    f"stopped after step {step} of {job.plan.steps}; a checkpoint is saved",
+                    128 + stopped[0],  # type: ignore[arg-type]
+                    hint="--resume goes on",
+                )
     outcome.seconds = time.monotonic() - begin
 
 
@@ -328,17 +338,21 @@ def _progress(job: Job, report: Report, begin: float, start: int) -> str:
     left = spent / (report.step - start) * (job.plan.steps - report.step)
     held = f"  eval {job.outcome.eval_loss:.3f}" if job.outcome.eval_loss is not None else ""
     return (
-        f"train {report.step}/{job.plan.steps}  epoch {report.epoch:.1f}  loss {report.loss:.3f}{held}  "
+        f"train {report.step}/{job.plan.steps}  epoch {report.epoch:.1f}  loss {job.outcome.loss or 0:.3f}{held}  "
         f"{job.outcome.tokens / spent:,.0f} tokens/s  {console.clock(left)} left"
     )
 
 
-def _no_better(job: Job, loss: float, step: int) -> bool:
-    """Early stopping: whether `patience` evaluations have passed without a better loss."""
-    if job.best is None or loss < job.best[0]:
+def _compare(job: Job, loss: float, step: int) -> None:
+    """Remember the best eval loss, and for how many evaluations there was no better one."""
+    if math.isfinite(loss) and (job.best is None or loss < job.best[0]):
         job.best, job.since_best = (loss, step), 0
     else:
         job.since_best += 1
+
+
+def _enough(job: Job) -> bool:
+    """Early stopping: whether `patience` evaluations have passed without a better loss."""
     return job.options.patience is not None and job.since_best >= job.options.patience
 
 
@@ -357,24 +371,16 @@ def _samples_due(options: Train, step: int, evaluation: Totals | None, last: boo
 
 def _answer_samples(job: Job, step: int) -> None:
     """Answer the first turn of a few held-out rows (training rows where there are none) into samples.jsonl."""
-    rows = [*job.eval_rows[: job.options.sample_rows]]
-    if not rows:
-        rows = [job.rows[i] for i in job.train_rows[: job.options.sample_rows]]
-    prompts, wanted = [], []
-    for row in rows:
-        start = next(t for t, label in enumerate(row.labels) if label != IGNORE)
-        end = next((t for t in range(start, len(row.labels)) if row.labels[t] == IGNORE), len(row.labels))
-        prompts.append(Prompt(row.input_ids[: max(start, 1)], row.id))
-        wanted.append(row.input_ids[start:end])
+    rows = job.eval_rows or (job.rows[i] for i in job.train_rows)
+    asked = list(islice(filter(None, map(_first_turn, rows)), job.options.sample_rows))
     options = Generate(max_new_tokens=job.options.sample_tokens)
     stops = job.stops or stop_ids(job.folder.path)
-    with open(job.run / SAMPLES, "ab") as file:
-        for row, prompt, reference, answer in zip(
-            rows, prompts, wanted, in_order(generate(job.model, prompts, options, stops)), strict=True
-        ):
+    answers = in_order(generate(job.model, [prompt for prompt, _ in asked], options, stops))
+    with open(job.run / SAMPLES, "ab") as file, job.engine.autocast():
+        for (prompt, reference), answer in zip(asked, answers, strict=True):
             sample = {
                 "step": step,
-                "id": row.id,
+                "id": prompt.key,
                 "prompt": job.codec.decode(prompt.ids, keep_special=True),
                 "completion": job.codec.decode(answer.ids),
                 "reference": job.codec.decode(reference),
@@ -383,21 +389,32 @@ def _answer_samples(job: Job, step: int) -> None:
             file.write(json_line(sample))
 
 
+def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
+    """(what comes before the first trained tokens, these tokens); a prompt has at least one token."""
+    start = next((t for t in range(1, len(row.labels)) if row.labels[t] != IGNORE), None)
+    if start is None:
+        return None
+    end = next((t for t in range(start, len(row.labels)) if row.labels[t] == IGNORE), len(row.labels))
+    return Prompt(row.input_ids[:start], row.id), row.input_ids[start:end]
+
+
 def _finish(job: Job) -> Outcome:
     """Write the model folder: the last weights, or the best ones under early stopping."""
     if job.options.patience and job.best and job.best[1] != job.outcome.steps:
-        best = next(path for path in resume.checkpoints(job.run) if path.name == f"step-{job.best[1]:06}")
-        resume.load_weights(best, job.model)
+        resume.load_weights(resume.folder_of(job.run, job.best[1]), job.model)
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
     save_model(job.model, job.folder, job.run / MODEL, job.stops, _template_of_rows(job))
     outcome = job.outcome
+    if outcome.skipped:
+        console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
     outcome.model = str(job.run / MODEL)
     outcome.sha256 = file_fingerprint(job.run / MODEL / WEIGHTS)
-    held = f", eval loss {outcome.eval_loss:.4f}" if outcome.eval_loss is not None else ""
+    reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
+    reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
     console.note(
-        f"train: {outcome.steps} steps in {console.clock(outcome.seconds)}, loss {outcome.loss:.4f}{held}, "
+        f"train: {outcome.steps} steps in {console.clock(outcome.seconds)}{reached}, "
         f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome

@@ -62,6 +62,11 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     source: str | None = None
     extra: Extra = field(default_factory=dict)  # unknown fields, byte for byte
+    paths: list[str] = field(default_factory=list)  # where each message stands in its line
+
+    def path(self, message: int) -> str | None:
+        """The JSON path of a message, for errors."""
+        return self.paths[message] if message < len(self.paths) else None
 
 
 def renamed(fields: Mapping[str, msgspec.Raw], columns: Mapping[str, str], where: str) -> dict[str, msgspec.Raw]:
@@ -141,8 +146,9 @@ def _get(fields: Mapping[str, msgspec.Raw], name: str, kind: Any, where: str) ->
         raise DataError(error.reason, where, f"$.{name}{inside}") from None
 
 
-def _blank(messages: list[dict[str, Any]], weights: list[float] | None = None) -> Conversation:
-    return Conversation(id="", messages=messages, weights=weights or [1.0] * len(messages), shape="messages")
+def _blank(messages: list[dict[str, Any]], paths: list[str], weights: list[float] | None = None) -> Conversation:
+    weights = [1.0] * len(messages) if weights is None else weights
+    return Conversation(id="", messages=messages, weights=weights, shape="messages", paths=paths)
 
 
 def _messages(fields: Mapping[str, msgspec.Raw], name: str, where: str) -> Conversation:
@@ -162,7 +168,8 @@ def _messages(fields: Mapping[str, msgspec.Raw], name: str, where: str) -> Conve
             _arguments_as_object(given["tool_calls"][j], where, f"$.{name}[{i}].tool_calls[{j}]")
             if not isinstance(call.get("function", call), dict):
                 raise DataError("expected an object", where, f"$.{name}[{i}].tool_calls[{j}].function")
-    return _blank(plain, [m.weight if m.train else 0.0 for m in checked])
+    paths = [f"$.{name}[{i}]" for i in range(len(plain))]
+    return _blank(plain, paths, [m.weight if m.train else 0.0 for m in checked])
 
 
 def _arguments_as_object(call: dict[str, Any], where: str, path: str) -> None:
@@ -191,7 +198,8 @@ def _from_conversations(fields: Mapping[str, msgspec.Raw], where: str) -> Conver
         if not ROLE.fullmatch(role):
             raise DataError(f"role {role[:64]!r} is not a name", where, f"$.conversations[{i}].from")
         messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": text})
-    record = _blank(messages, [turn.weight if turn.train else 0.0 for turn in turns])
+    paths = [f"$.conversations[{i}]" for i in range(len(turns))]
+    record = _blank(messages, paths, [turn.weight if turn.train else 0.0 for turn in turns])
     return _with_system(record, fields, where)
 
 
@@ -200,6 +208,7 @@ def _with_system(record: Conversation, fields: Mapping[str, msgspec.Raw], where:
     if "system" in fields and (system := _get(fields, "system", str | None, where)):
         record.messages.insert(0, {"role": "system", "content": system})
         record.weights.insert(0, 1.0)
+        record.paths.insert(0, "$.system")
     return record
 
 
@@ -207,17 +216,16 @@ def _from_prompt(fields: Mapping[str, msgspec.Raw], where: str) -> Conversation:
     """`prompt`, with or without a completion; both may be texts or lists of messages."""
     found = [name for name in COMPLETION_NAMES if name in fields]
     sides = [("prompt", "user"), *((name, "assistant") for name in found[:1])]
-    messages: list[dict[str, Any]] = []
-    weights: list[float] = []
+    record = _blank([], [])
     for name, role in sides:
         if bytes(fields[name]).lstrip().startswith(b"["):
             part = _messages(fields, name, where)
-            messages += part.messages
-            weights += part.weights
         else:
-            messages.append({"role": role, "content": _get(fields, name, str, where)})
-            weights.append(1.0)
-    return _blank(messages, weights)
+            part = _blank([{"role": role, "content": _get(fields, name, str, where)}], [f"$.{name}"])
+        record.messages += part.messages
+        record.weights += part.weights
+        record.paths += part.paths
+    return record
 
 
 def _from_instruction(fields: Mapping[str, msgspec.Raw], where: str) -> Conversation:
@@ -226,14 +234,13 @@ def _from_instruction(fields: Mapping[str, msgspec.Raw], where: str) -> Conversa
     given = _get(fields, "input", str | None, where) if "input" in fields else None
     content = f"{instruction}\n\n{given}" if given else instruction
     messages = [{"role": "user", "content": content, "instruction": instruction, "input": given or ""}]
-    found = [name for name in COMPLETION_NAMES if name in fields]
-    if found:
-        messages.append({"role": "assistant", "content": _get(fields, found[0], str, where)})
-    return _with_system(_blank(messages), fields, where)
+    found = [name for name in COMPLETION_NAMES if name in fields][:1]
+    messages += [{"role": "assistant", "content": _get(fields, name, str, where)} for name in found]
+    return _with_system(_blank(messages, [f"$.{name}" for name in ("instruction", *found)]), fields, where)
 
 
 def _from_text(fields: Mapping[str, msgspec.Raw], where: str) -> Conversation:
-    return _blank([{"role": "text", "content": _get(fields, "text", str, where)}])
+    return _blank([{"role": "text", "content": _get(fields, "text", str, where)}], ["$.text"])
 
 
 def _from_fields(fields: Mapping[str, msgspec.Raw], where: str, wanted: tuple[str, ...]) -> Conversation:
@@ -243,11 +250,12 @@ def _from_fields(fields: Mapping[str, msgspec.Raw], where: str, wanted: tuple[st
         raise DataError(f"no column {missing[0]!r}, which the template text names", where)
     roles = ["assistant" if name == wanted[-1] else "user" for name in present]
     texts = [_get(fields, name, str, where) for name in present]
-    return _blank([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    return _blank(messages, [f"$.{name}" for name in present])
 
 
 def _from_tokens(fields: Mapping[str, msgspec.Raw], where: str) -> Conversation:
-    return _blank([])
+    return _blank([], [])
 
 
 _READERS = {

@@ -95,10 +95,6 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(str.__str__(message))
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     """As transformers: plain JSON without HTML escapes. What it writes came from data, so it is traced."""
     message = _traced_message(value)
@@ -125,7 +121,8 @@ def _environment() -> _Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], autoescape=False
     )
     environment.filters |= {"tojson": _tojson, "join": _join}
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    now = datetime.datetime.now()  # one moment for all: a prompt and its training text are rendered apart
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
     return environment
 
 
@@ -159,7 +156,7 @@ class Template:
             )
         except jinja2.TemplateError as error:
             raise DataError(f"template {self.name} refused it: {error.message or type(error).__name__}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
+        except Exception as error:  # a template is a program from elsewhere: any of Python's errors may come out
             raise DataError(f"template {self.name} failed: {type(error).__name__}: {error}") from None
         if len(text) > MAX_OUTPUT:
             raise DataError(f"template {self.name} wrote {len(text)} characters")
@@ -271,11 +268,9 @@ class Speaker:
         last = own[-1] if own and own[-1] == len(conversation.messages) - 1 else None
         turns = [self._turn(conversation, i, whole if i == last else None) for i in own]
         if all(whole.startswith(turn.text[: turn.end]) for turn in turns):
-            return [self._described(conversation, whole, turns, turns)]
+            return [self._described(conversation, whole, len(conversation.messages), turns, turns)]
         return [
-            self._described(
-                conversation, turn.text, [t for t in turns if turn.text.startswith(t.text[: t.end])], [turn]
-            )
+            self._described(conversation, turn.text, turn.message + 1, _spoken(turns, turn.text), [turn])
             for turn in turns
         ]
 
@@ -295,8 +290,7 @@ class Speaker:
         text = self._render(conversation, count, True)
         own = [i for i in range(count) if messages[i]["role"] == OWN_ROLE]
         turns = [self._turn(conversation, i, None) for i in own]
-        spoken = [turn for turn in turns if text.startswith(turn.text[: turn.end])]
-        return self._described(conversation, text, spoken, []), reference
+        return self._described(conversation, text, count, _spoken(turns, text), []), reference
 
     def _plain_text(self, conversation: Conversation) -> Rendered:
         """The `text` shape goes past the template: everything is trained, and it ends with the end token."""
@@ -322,7 +316,7 @@ class Speaker:
                     except DataError:
                         count = shorter
                         break
-            raise DataError(error.reason, None, f"$.messages[{count - 1}]") from None
+            raise DataError(error.reason, None, conversation.path(max(count - 1, 0))) from None
 
     def _turn(self, conversation: Conversation, i: int, whole: str | None) -> _Turn:
         """Where the words of message i begin and end, in the conversation rendered up to and including it."""
@@ -332,7 +326,7 @@ class Speaker:
             raise DataError(
                 f"template {self.template.name}: what it writes to open the model's turn is not how it writes the turn",
                 None,
-                f"$.messages[{i}]",
+                conversation.path(i),
                 hint="the turn lacks something the template opens with (reasoning, for example), or use --template",
             )
         start = len(prompt)
@@ -346,10 +340,13 @@ class Speaker:
         found = self.ends.search(text, said) if self.ends else None
         return found.end() if found else len(text)
 
-    def _described(self, conversation: Conversation, text: str, cuts: list[_Turn], own: list[_Turn]) -> Rendered:
-        """Segments of a text. `cuts`: turns that stand in it as spoken; `own`: those that it trains."""
+    def _described(
+        self, conversation: Conversation, text: str, count: int, cuts: list[_Turn], own: list[_Turn]
+    ) -> Rendered:
+        """Segments of the text of the first `count` messages. `cuts`: turns that stand in it as spoken; `own`: those
+        that it trains."""
         spans = list(getattr(text, "spans", ()))
-        self._refuse_lost_messages(conversation, text, {message for _, _, message in spans})
+        self._refuse_lost_messages(conversation, text, count, {message for _, _, message in spans})
         pieces = [
             (a, b, conversation.messages[m]["role"] if m >= 0 else SCAFFOLD, conversation.weights[m] if m >= 0 else 1.0)
             for a, b, m in spans
@@ -358,18 +355,25 @@ class Speaker:
         content = [(a, b) for a, b, _ in spans]
         return Rendered(str.__str__(text), _segments(len(text), pieces, mine), content, [turn.start for turn in cuts])
 
-    def _refuse_lost_messages(self, conversation: Conversation, text: str, shown: set[int]) -> None:
-        """A template that silently leaves a message out would train on half a conversation."""
-        for i, message in enumerate(conversation.messages):
+    def _refuse_lost_messages(self, conversation: Conversation, text: str, count: int, shown: set[int]) -> None:
+        """A template that leaves a message out trains on half a conversation; one that writes it in a way that is not
+        followed lets its control strings through."""
+        for i, message in enumerate(conversation.messages[:count]):
             content = message.get("content")
             if i in shown or not isinstance(content, str) or not content.strip():
                 continue
-            if content.strip() not in text and i < max(shown, default=len(conversation.messages)):
-                raise DataError(
-                    f"template {self.template.name} has no place for role {message['role']!r}",
-                    None,
-                    f"$.messages[{i}].role",
-                )
+            if content.strip() not in text:
+                reason = f"has no place for role {message['role']!r}"
+            elif self.ends and self.ends.search(content):
+                reason = "hides which words are the message's, and it has control tokens in them"
+            else:
+                continue
+            raise DataError(f"template {self.template.name} {reason}", None, conversation.path(i))
+
+
+def _spoken(turns: list[_Turn], text: str) -> list[_Turn]:
+    """The turns that stand in a text as they were spoken."""
+    return [turn for turn in turns if text.startswith(turn.text[: turn.end])]
 
 
 def _segments(

@@ -6,7 +6,7 @@ So the mask is a fact of rendering: nothing is searched for afterwards. Operatio
 text, which then counts as the template's own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Span = tuple[int, int, int]  # start, end, number of the message
@@ -31,12 +31,19 @@ class Traced(str):
     def __radd__(self, other: str) -> "Traced":
         return join_traced((other, self))
 
+    def __mul__(self, count: Any) -> "Traced":
+        return join_traced([self] * count)
+
+    __rmul__ = __mul__
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, key: Any) -> "Traced":
-        size = len(self)
+        text, size = str.__getitem__(self, key), len(self)
         start, stop, step = key.indices(size) if isinstance(key, slice) else (key % size, key % size + 1, 1)
-        text = str.__getitem__(self, key)
         if step != 1:
-            return Traced(text, ((0, len(text), self.spans[0][2]),) if text and self.spans else ())
+            return self._whole(text)
         return Traced(text, _window(self.spans, start, max(start, stop)))
 
     def strip(self, chars: str | None = None) -> "Traced":
@@ -55,10 +62,10 @@ class Traced(str):
         return self[: len(self) - len(suffix)] if suffix and self.endswith(suffix) else self
 
     def split(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
-        return self._located(str.split(self, sep, maxsplit))
+        return self._located(str.split(self, sep, maxsplit), len(sep or ""))
 
     def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
-        return self._located(str.rsplit(self, sep, maxsplit))
+        return self._located(str.rsplit(self, sep, maxsplit), len(sep or ""))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         return self._located(str.splitlines(self, keepends))
@@ -69,19 +76,22 @@ class Traced(str):
     def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         return tuple(self._located(str.rpartition(self, sep)))  # type: ignore[return-value]
 
-    def _located(self, pieces: Iterable[str]) -> list[str]:
-        """Pieces that follow each other in this text, each with its own part of the trace."""
+    def join(self, pieces: Iterable[str], /) -> "Traced":
+        return join_traced([part for piece in pieces for part in (self, piece)][1:])
+
+    def _located(self, pieces: Iterable[str], gap: int = 0) -> list[str]:
+        """Pieces that follow each other in this text, `gap` characters apart, each with its own part of the trace."""
         found: list[str] = []
         at = 0
         for piece in pieces:
             at = str.find(self, piece, at)
             found.append(self[at : at + len(piece)])
-            at += len(piece)
+            at += len(piece) + gap
         return found
 
     def replace(self, old: str, new: str, count: int = -1, /) -> "Traced":  # type: ignore[override]
         if not old:
-            return Traced(str.replace(self, old, new, count), self.spans and ((0, len(self), self.spans[0][2]),))
+            return self._whole(str.replace(self, old, new, count))
         pieces = self.split(old, count)
         between = [piece for kept in pieces for piece in (new, kept)][1:]
         return join_traced(between)
@@ -100,13 +110,25 @@ class Traced(str):
 
     def _same_length(self, text: str) -> "Traced":
         """Case changes keep the trace; the few characters whose length changes make all of it content."""
-        if len(text) == len(self):
-            return Traced(text, self.spans)
-        return Traced(text, ((0, len(text), self.spans[0][2]),) if self.spans else ())
+        return Traced(text, self.spans) if len(text) == len(self) else self._whole(text)
+
+    def _whole(self, text: str) -> "Traced":
+        """A text that was made of this one and whose characters are not followed: all of it counts as content."""
+        return Traced(text, ((0, len(text), self.spans[0][2]),) if text and self.spans else ())
+
+
+def _unfollowed(name: str) -> Callable[..., Traced]:
+    made = getattr(str, name)
+    return lambda self, *given: self._whole(made(self, *given))
+
+
+for _name in ("center", "ljust", "rjust", "zfill", "expandtabs", "swapcase", "casefold", "translate"):
+    setattr(Traced, _name, _unfollowed(_name))
 
 
 def _window(spans: tuple[Span, ...], start: int, stop: int) -> tuple[Span, ...]:
-    return tuple((max(a, start) - start, min(b, stop) - start, m) for a, b, m in spans if a < stop and b > start)
+    cut = ((max(a, start), min(b, stop), message) for a, b, message in spans)
+    return tuple((a - start, b - start, message) for a, b, message in cut if a < b)
 
 
 def join_traced(pieces: Iterable[str]) -> Traced:
