@@ -15,9 +15,13 @@ from sftcli.errors import Exit, SftError, UsageError
 
 HELP = """Supervised fine-tuning as a pipeline of small, visible filters.
 
-  sft run recipes/quickstart.yaml                               everything from one file\n
-  sft tokenize chat.jsonl -m MODEL | sft mask --show 3          look before you train\n
-  sft tokenize chat.jsonl -m MODEL | sft mask | sft train - -m MODEL -o run\n
+\b
+everything from one file:
+  sft run recipes/quickstart.yaml
+look before you train:
+  sft tokenize chat.jsonl -m MODEL | sft mask --show 3
+the whole job as a pipeline:
+  sft tokenize chat.jsonl -m MODEL | sft mask | sft train - -m MODEL -o run
   sft generate questions.jsonl -m run > answers.jsonl
 """
 
@@ -94,25 +98,19 @@ def _filter() -> None:
 
 def _options(name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
     """A section's options: the recipe's, then flags that were given, then --set."""
-    from sftcli.recipe import Recipe, apply_settings, parse, read_yaml
+    from sftcli.recipe import SECTIONS, Recipe, apply_settings, parse, read_yaml
 
     values: dict[str, Any] = {}
     if recipe:
         parse(Recipe, whole := read_yaml(recipe), source=recipe)
         values = dict(whole.get(name) or {})
-    for key, value in flags.items():
-        if value is not None and value != []:
-            values[key] = value
-    apply_settings(values, list(settings), prefix=name)
-    kind = {key: field.annotation for key, field in Recipe.model_fields.items()}[name]
-    from sftcli.recipe import _sections
-
-    return parse(_sections(kind)[0], values, section=name)
+    values |= {key: value for key, value in flags.items() if value is not None and value != []}
+    return parse(SECTIONS[name], apply_settings(values, list(settings), prefix=name), section=name)
 
 
 @app.command()
 def init(
-    data: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="Raw JSONL files, or - .")] = None,
+    data: Annotated[list[str] | None, typer.Argument(metavar="DATA", help="Raw JSONL files, or - .")] = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")] = "base",
     preset: Annotated[str | None, typer.Option(help="llama or gpt2.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE.")] = None,
@@ -125,6 +123,7 @@ def init(
 ) -> None:
     """Make a tokenizer and an empty GPT from data.
 
+    \b
     sft init chat.jsonl -o base --preset llama --vocab-size 1024 --set width=192
     """
     from sftcli.stages.init import init as stage
@@ -146,7 +145,7 @@ def init(
 
 @app.command()
 def tokenize(
-    data: Annotated[list[str] | None, typer.Argument(metavar="[DATA]...", help="Raw JSONL files, or - .")] = None,
+    data: Annotated[list[str] | None, typer.Argument(metavar="DATA", help="Raw JSONL files, or - .")] = None,
     model: Model = None,
     output: Output = None,
     columns: Columns = None,
@@ -162,6 +161,7 @@ def tokenize(
 ) -> None:
     """Raw JSONL -> documents: ids, and whose words are where.
 
+    \b
     sft tokenize chat.jsonl -m MODEL -o tokens.jsonl
     """
     from sftcli.stages.tokenize import tokenize as stage
@@ -184,7 +184,7 @@ def tokenize(
 
 @app.command()
 def mask(
-    tokens: Annotated[str, typer.Argument(metavar="[TOKENS]", help="From sft tokenize, or pretokenised; - .")] = "-",
+    tokens: Annotated[str, typer.Argument(metavar="TOKENS", help="From sft tokenize, or pretokenised; - .")] = "-",
     output: Output = None,
     show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows, trained tokens in colour.")] = 0,
     train_on: Annotated[
@@ -204,6 +204,7 @@ def mask(
 ) -> None:
     """Documents -> rows: which tokens are trained.
 
+    \b
     sft tokenize chat.jsonl -m MODEL | sft mask --show 3 -o rows.safetensors
     """
     from sftcli.stages.mask import mask as stage
@@ -228,7 +229,7 @@ def mask(
 
 @app.command()
 def train(
-    rows: Annotated[str, typer.Argument(metavar="[ROWS]", help="From sft mask; - .")] = "-",
+    rows: Annotated[str, typer.Argument(metavar="ROWS", help="From sft mask; - .")] = "-",
     model: Annotated[
         str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")
     ] = None,
@@ -247,6 +248,7 @@ def train(
 ) -> None:
     """Rows -> a model folder in RUN/model.
 
+    \b
     sft train rows.safetensors -m MODEL -o run --set optimizer.lr=1e-4
     """
     from sftcli.stages.train import train as stage
@@ -278,7 +280,7 @@ def train(
 @app.command()
 def generate(
     prompts: Annotated[
-        str, typer.Argument(metavar="[PROMPTS]", help="Raw JSONL, the same shapes as for training; - .")
+        str, typer.Argument(metavar="PROMPTS", help="Raw JSONL, the same shapes as for training; - .")
     ] = "-",
     model: Model = None,
     output: Output = None,
@@ -339,7 +341,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    rows: Annotated[str | None, typer.Argument(metavar="[ROWS]", help="From sft mask.")] = None,
+    rows: Annotated[str | None, typer.Argument(metavar="ROWS", help="From sft mask.")] = None,
     model: Model = None,
     per_row: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write nll per trained token, a line a row.")
@@ -351,7 +353,8 @@ def evaluate(
 ) -> None:
     """Score rows under a model, or completions against their references. Prints one JSON object.
 
-    sft evaluate rows.safetensors -m run\n
+    \b
+    sft evaluate rows.safetensors -m run
     sft evaluate --completions answers.jsonl
     """
     from sftcli.artifacts import json_line
@@ -380,6 +383,7 @@ def show(
 ) -> None:
     """Any artifact, for people.
 
+    \b
     sft show run/rows.safetensors -n 5
     """
     from sftcli.stages.show import show as stage
@@ -390,7 +394,7 @@ def show(
 
 @app.command()
 def check(
-    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Raw JSONL files, or - .")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Raw JSONL files, or - .")],
     model: Model = None,
     columns: Columns = None,
     template: Template = None,
@@ -398,6 +402,7 @@ def check(
 ) -> None:
     """Data, template, tokenizer and model, before a run. Exit code 3 if a check fails.
 
+    \b
     sft check chat.jsonl -m MODEL
     """
     from sftcli.stages.check import check as stage
@@ -411,21 +416,28 @@ def check(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, one section a stage.")],
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A YAML file, one section a stage.")] = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="RUN", help="The run folder (runs/RECIPE).")
     ] = None,
     settings: Set = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and count; train nothing.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
     """All stages of a recipe in order; what has not changed is skipped.
 
+    \b
     sft run recipes/quickstart.yaml --set train.epochs=2
     """
     from sftcli.artifacts import json_line
-    from sftcli.recipe import dump_recipe, load_recipe
+    from sftcli.recipe import Recipe, dump_recipe, load_recipe
     from sftcli.stages import run as stage
 
+    if schema:
+        sys.stdout.buffer.write(json_line(Recipe.model_json_schema()))
+        return
+    if recipe is None:
+        raise UsageError("no recipe", hint="sft run recipes/quickstart.yaml")
     whole = load_recipe(recipe, list(settings))
     if dry_run:
         print(dump_recipe(whole), end="", flush=True)

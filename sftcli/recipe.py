@@ -232,6 +232,16 @@ class Recipe(Options):
         return self
 
 
+SECTIONS: dict[str, type[Options]] = {
+    "init": Init,
+    "tokenize": Tokenize,
+    "mask": Mask,
+    "train": Train,
+    "generate": Generate,
+    "evaluate": Evaluate,
+}
+
+
 # ---- from YAML and --set to typed sections
 
 
@@ -305,7 +315,7 @@ def parse(kind: type[Options], values: dict[str, Any], section: str = "", source
 
 def _explained(error: ValidationError, kind: type[Options], section: str, source: str) -> UsageError:
     first = error.errors()[0]
-    loc = [part for part in first["loc"] if isinstance(part, int) or not _is_tag(kind, part)]
+    loc = [part for part in first["loc"] if isinstance(part, int) or not _is_tag(part)]
     path = ".".join(str(part) for part in ([section] if section else []) + loc)
     start = f"{source}: " if source else ""
     if first["type"] == "extra_forbidden":
@@ -327,7 +337,7 @@ def _sections(annotation: Any) -> list[type[Options]]:
     return []
 
 
-def _is_tag(kind: type[Options], part: str) -> bool:
+def _is_tag(part: str) -> bool:
     """pydantic puts the tag of a union into the path of an error; people did not write it there."""
     return part in ("adamw", "muon")
 

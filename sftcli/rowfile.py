@@ -191,7 +191,7 @@ class RowFile:
         return self.bytes[base + start : base + end].cast(code)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return max(len(self.offsets) - 1, 0)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -220,7 +220,10 @@ class RowFile:
         if name not in self.columns:
             return ""
         ends = self.columns[f"{name}.offsets"]
-        return bytes(self.columns[name][ends[i] : ends[i + 1]]).decode()
+        try:
+            return bytes(self.columns[name][ends[i] : ends[i + 1]]).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{self.path} is damaged: column {name} is not UTF-8") from None
 
     def _turns(self, i: int) -> list[tuple[int, int, str, int]] | None:
         if "turns" not in self.columns:

@@ -243,7 +243,7 @@ def test_dropped_lines_go_to_the_rejects_with_their_reasons(sft, lines, tmp_path
 
 
 @pytest.mark.parametrize(
-    "flags", [(), ("--max-length", "40"), ("--max-length", "60", "--too-long", "truncate"), ("--train-on", "last")]
+    "flags", [(), ("--max-length", "90"), ("--max-length", "60", "--too-long", "truncate"), ("--train-on", "last")]
 )
 def test_rows_in_are_rows_kept_and_dropped(sft, base, flags):
     tokens = sft("tokenize", SAMPLES / "chats.jsonl", "-m", base)
@@ -253,7 +253,8 @@ def test_rows_in_are_rows_kept_and_dropped(sft, base, flags):
     rows_in, kept, cut, dropped = counts[:4]
     assert rows_in == 120 == kept + dropped
     assert kept == len(result.rows)
-    assert cut == sum(len(row["input_ids"]) == 60 for row in result.rows if "truncate" in flags)
+    long = {row["id"] for row in tokens.rows if len(row["input_ids"]) > 60}
+    assert cut == (len(long & {row["id"] for row in result.rows}) if "truncate" in flags else 0)
     tokens_trained = sum(len(trained(row)) for row in result.rows)
     all_tokens = sum(len(row["input_ids"]) for row in result.rows)
     assert f"{tokens_trained:,} of {all_tokens:,} tokens trained" in account
@@ -282,10 +283,8 @@ def test_each_stop_token_is_named_with_how_often_it_is_trained(sft, base):
 
 def test_a_stop_token_that_is_never_trained_is_a_loud_warning(sft, lines, base):
     tokens = sft("tokenize", lines(chat("q", "a")), "-m", base)
-    after = ",".join(str(i) for i in tokens.rows[0]["input_ids"][-2:])
     err = sft("mask", "--roles", "user", stdin=tokens.out).err
     assert "warning: mask: the stop token <|im_end|> is never trained: the model will not learn to stop" in err
-    assert after  # the turn is there; only its training is not
 
 
 def test_turns_without_a_stop_token_are_a_warning(sft, lines, base):
@@ -507,15 +506,6 @@ def test_rows_before_a_bad_one_are_written_and_none_after_it(sft, lines, base):
         assert result.code == 3
         assert [row.get("id") for row in result.rows] == [*(f"r{i}" for i in range(600)), None]
         assert list(result.rows[-1]) == ["sft_error"]
-
-
-def test_control_strings_are_counted_once_even_if_a_batch_is_encoded_twice(sft, lines):
-    data = lines({"question": "where <eos>", "answer": "the"}, {"question": "who", "answer": "is"})
-    result = sft(
-        "tokenize", data, "--tokenizer", "whitespace", "--template-text", "{question} {answer}", "--on-error", "skip"
-    )
-    assert "2 rejected" in result.err  # whole words cannot spell <eos> as text
-    assert "defused" not in result.err
 
 
 def test_several_inputs_are_one(sft, lines, base):

@@ -121,6 +121,13 @@ def load_model(folder: ModelFolder, seed: int = 0) -> GPT:
     return model
 
 
+def load_trained(folder: ModelFolder) -> GPT:
+    """The model of a folder, which must have weights."""
+    if not folder.has_weights:
+        raise CheckpointError(f"{folder.path} has no weights yet", hint="`sft train` makes them")
+    return load_model(folder)
+
+
 def _empty_model(config: GPTConfig) -> GPT:
     """A GPT whose parameters have memory but no values."""
     with torch.device("meta"):

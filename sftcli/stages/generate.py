@@ -10,8 +10,8 @@ import msgspec
 
 from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output
-from sftcli.errors import CheckpointError, DataError, UsageError
-from sftcli.model.checkpoint import load_model, open_folder
+from sftcli.errors import DataError, SftError, UsageError
+from sftcli.model.checkpoint import load_trained, open_folder
 from sftcli.model.decoding import Completion, Prompt, TextStops, generate, in_order, padded, positions_of
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
@@ -49,16 +49,18 @@ class Summary:
 def complete(options: Generate, source: str, model: str, output: str | None, show_batch: bool = False) -> Summary:
     """Run the stage."""
     folder = open_folder(artifacts.model_folder(model))
-    if not folder.has_weights:
-        raise CheckpointError(f"{folder.path} has no weights yet", hint="`sft train` makes them")
     codec = codec_for(model, None)
     template = template_for(codec, model, options.template, options.template_text, options.columns)
     engine = choose_engine(options.device, options.dtype)
-    network = load_model(folder).to(engine.device)
+    network = load_trained(folder).to(engine.device)
     stops, texts = _stop_set(options, codec, folder.path)
     asked: deque[_Asked] = deque()
     summary = Summary()
-    prompts = _prompts(options, source, codec, Speaker(template, codec.ends), template.wanted, asked, summary)
+    speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
+    failed: list[SftError] = []
+    prompts = _until_error(
+        _prompts(options, source, codec, vocabulary, speaker, template.wanted, asked, summary), failed
+    )
     if show_batch:
         prompts = _with_table(prompts, options)
     with open_output(output) as out, console.live() as line, engine.autocast():
@@ -68,6 +70,8 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
             out.flush()
             _count(done, summary)
             counter.add(1)
+        if failed:
+            raise failed[0]
     _report(summary)
     return summary
 
@@ -96,10 +100,19 @@ def _text_stops(codec: Codec, texts: list[str]) -> TextStops | None:
     return found
 
 
+def _until_error(prompts: Iterator[Prompt], failed: list[SftError]) -> Iterator[Prompt]:
+    """Prompts up to the first bad line; its error is kept until the rows before it are answered."""
+    try:
+        yield from prompts
+    except SftError as error:
+        failed.append(error)
+
+
 def _prompts(
     options: Generate,
     source: str,
     codec: Codec,
+    vocabulary: int,
     speaker: Speaker,
     wanted: tuple[str, ...],
     asked: deque[_Asked],
@@ -109,18 +122,18 @@ def _prompts(
     batch: list[tuple[str, _Asked, str, Any]] = []
     for where, line, fields in read_lines_of([source]):
         if isinstance(fields, DataError):
-            yield from _encoded(batch, codec, options, asked)
+            yield from _encoded(batch, codec, vocabulary, options, asked)
             raise fields
         summary.prompts += 1
         try:
             batch.append(_prompt(line, fields, where, options, speaker, wanted, summary.prompts))
         except DataError as error:
-            yield from _encoded(batch, codec, options, asked)
+            yield from _encoded(batch, codec, vocabulary, options, asked)
             raise error.located(where) from None
         if len(batch) == READ_AHEAD:
-            yield from _encoded(batch, codec, options, asked)
+            yield from _encoded(batch, codec, vocabulary, options, asked)
             batch = []
-    yield from _encoded(batch, codec, options, asked)
+    yield from _encoded(batch, codec, vocabulary, options, asked)
 
 
 def _prompt(
@@ -143,7 +156,7 @@ def _prompt(
 
 
 def _encoded(
-    batch: list[tuple[str, _Asked, str, Any]], codec: Codec, options: Generate, asked: deque[_Asked]
+    batch: list[tuple[str, _Asked, str, Any]], codec: Codec, vocabulary: int, options: Generate, asked: deque[_Asked]
 ) -> Iterator[Prompt]:
     texts = [text for *_, text in batch if not isinstance(text, list)]
     ids = iter(codec.encode(texts))
@@ -151,8 +164,8 @@ def _encoded(
         tokens = text if isinstance(text, list) else next(ids)[0]
         if not tokens:
             raise DataError("the prompt is empty", where)
-        if max(tokens) >= codec.size or min(tokens) < 0:
-            raise DataError(f"id {max(tokens)} is beyond the vocabulary of {codec.size}", where, "$.input_ids")
+        if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise DataError(f"id {outside[0]}, the model's vocabulary has {vocabulary}", where, "$.input_ids")
         for sample in range(options.n):
             asked.append(_Asked(ask.fields, ask.reference, sample))
             yield Prompt(tokens, key, sample)

@@ -207,7 +207,7 @@ def _count(made: Made, summary: Summary) -> None:
     summary.trained += row.trained()
     summary.tokenizers.add(row.tokenizer)
     if len(summary.tokenizers) > 1:
-        raise DataError(f"rows of two tokenizers in one input: {' and '.join(map(str, summary.tokenizers))}")
+        raise DataError(f"rows of two tokenizers in one input: {' and '.join(sorted(map(str, summary.tokenizers)))}")
     for _, end, _, _ in row.turns or ():
         summary.turns += 1
         summary.turn_ends[row.input_ids[end - 1]] += 1
