@@ -3,12 +3,23 @@
 import json
 
 import pytest
-from model_fixtures import PRESETS, empty_folder, model_folder, random_ids, read_jsonl, write_jsonl
+from model_fixtures import (
+    PRESETS,
+    empty_folder,
+    model_folder,
+    model_of,
+    random_ids,
+    randomised,
+    read_jsonl,
+    save_weights,
+    write_jsonl,
+)
 
 from sftcli.cli import app
 from sftcli.errors import CheckpointError, DataError, Exit, UsageError
-from sftcli.recipe import Generate
+from sftcli.recipe import Generate, Init
 from sftcli.stages.generate import complete
+from sftcli.stages.init import init
 from sftcli.text.tokenizer import load_codec
 
 QUESTIONS = [
@@ -134,10 +145,10 @@ def test_stop_text_ends_a_row_and_is_cut_off(folder, prompts, tmp_path):
 
 
 def test_stop_token_by_name_ends_a_row(folder, prompts, tmp_path):
-    stopped = answer(folder, prompts, tmp_path, stop=["<|im_start|>"], temperature=2.0, max_new_tokens=40)
+    stopped = answer(folder, prompts, tmp_path, stop=["<|im_start|>"], temperature=50.0, max_new_tokens=40, n=4)
     start = load_codec(folder).added["<|im_start|>"]
     assert not any(start in line["completion_ids"] for line in stopped)
-    free = answer(folder, prompts, tmp_path, temperature=2.0, max_new_tokens=40)
+    free = answer(folder, prompts, tmp_path, temperature=50.0, max_new_tokens=40, n=4)
     assert any(start in line["completion_ids"] for line in free)
 
 
@@ -165,9 +176,9 @@ def test_output_appears_as_soon_as_order_allows(folder, tmp_path, monkeypatch):
     from sftcli.stages import generate as stage
 
     log = []
-    prompt_of, line_of = stage._prompt, stage._line
+    record_of, line_of = stage._record, stage._line
     monkeypatch.setattr(stage, "READ_AHEAD", 2)
-    monkeypatch.setattr(stage, "_prompt", lambda *a: log.append("in") or prompt_of(*a))
+    monkeypatch.setattr(stage, "_record", lambda *a: log.append("in") or record_of(*a))
     monkeypatch.setattr(stage, "_line", lambda *a: log.append("out") or line_of(*a))
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": text} for text in QUESTIONS * 3])
     answer(folder, path, tmp_path, batch_size=2)
@@ -180,13 +191,9 @@ def test_output_appears_as_soon_as_order_allows(folder, tmp_path, monkeypatch):
 
 def test_bad_line_fails_after_the_good_ones_before_it(folder, tmp_path, capsysbinary):
     path = tmp_path / "q.jsonl"
-    for bad in (
-        b"{not json",
-        b'{"nothing": 1}',
-        b'{"input_ids": [5, 300]}',
-        b'{"input_ids": [-1]}',
-        b'{"input_ids": []}',
-    ):
+    previous = b'{"sft_error": {"code": 3, "message": "broken"}}'
+    of_tokens = (b'{"input_ids": [5, 300]}', b'{"input_ids": [-1]}', b'{"input_ids": []}')
+    for bad in (b"{not json", b'{"nothing": 1}', previous, *of_tokens):
         path.write_bytes(b'{"prompt":"Why?"}\n{"prompt":"Who?"}\n' + bad + b'\n{"prompt":"Where?"}\n')
         assert run(path, "-m", folder, "--max-new-tokens", 3) == Exit.DATA
         out, err = capsysbinary.readouterr()
@@ -194,6 +201,19 @@ def test_bad_line_fails_after_the_good_ones_before_it(folder, tmp_path, capsysbi
         assert [line.get("prompt") for line in lines] == ["Why?", "Who?", None]
         assert lines[2]["sft_error"]["code"] == Exit.DATA
         assert b"q.jsonl:3" in err.splitlines()[-1]
+
+
+def test_unknown_word_of_a_word_vocabulary_names_its_line(tmp_path, capsysbinary):
+    data = write_jsonl(tmp_path / "d.jsonl", [{"question": "where is China", "answer": "The capital"}])
+    whitespace = {"tokenizer": "whitespace", "template": "plain", "layers": 1, "heads": 2, "width": 8}
+    init(Init(data=[data], template_text="<bos> {question} <sep> {answer} <eos>", **whitespace), str(tmp_path / "m"))
+    save_weights(tmp_path / "m", randomised(model_of(tmp_path / "m")))
+    lines = [{"question": words} for words in ("where is China", "where is Spain", "where is")]
+    assert run(write_jsonl(tmp_path / "q.jsonl", lines), "-m", tmp_path / "m", "--max-new-tokens", 2) == Exit.DATA
+    out, _ = capsysbinary.readouterr()
+    first, second = map(json.loads, out.splitlines())
+    assert first["question"] == "where is China"
+    assert "q.jsonl:2: unknown word 'Spain'" in second["sft_error"]["message"]
 
 
 def test_failed_run_leaves_an_older_output_file_alone(folder, tmp_path):

@@ -25,7 +25,10 @@ from sftcli.errors import CheckpointError, Exit
 from sftcli.model.attention import PAD, Group, RowAttention, Tokens, attend, visible
 from sftcli.model.batches import groups_of, make_batch
 from sftcli.model.checkpoint import INDEX, WEIGHTS, load_model, open_folder, save_model
+from sftcli.model.memory import estimate
 from sftcli.model.training import Engine, accumulate
+from sftcli.recipe import Init, Train
+from sftcli.stages.init import parameters
 
 IDS = random_ids(23, 7)
 
@@ -78,6 +81,13 @@ def test_saved_folder_reloaded_by_transformers_gives_equal_logits(transformers, 
     assert generation.eos_token_id == [2, 3]
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
     assert tokenizer.decode(tokenizer("A river.")["input_ids"]) == "A river."
+
+
+def test_saved_config_says_the_dtype_of_its_weights(transformers, tmp_path):
+    made = model_folder(tmp_path / "made", "llama")
+    change_config(made, torch_dtype="bfloat16")
+    save_model(model_of(made), open_folder(made), tmp_path / "saved", stops=[])
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.float32
 
 
 def randomise_theirs(model):
@@ -267,6 +277,12 @@ def test_dropout_is_off_when_scoring_and_on_when_training(model):
     model.set_dropout(0.5)
     assert torch.equal(row_logits(model, IDS), row_logits(model, IDS))
     assert step_gradients(model, rows, 1000)[0].loss != step_gradients(model, rows, 1000)[0].loss
+    model.set_dropout(0)
+    assert step_gradients(model, rows, 1000)[0].loss == step_gradients(model, rows, 1000)[0].loss
+    for dropout in (model.dropout, model.blocks[1].dropout):  # of the embedding, of what a block adds
+        dropout.p = 0.5
+        assert step_gradients(model, rows, 1000)[0].loss != step_gradients(model, rows, 1000)[0].loss
+        dropout.p = 0
 
 
 def test_bfloat16_autocast_on_the_cpu_gives_nearly_the_float32_loss(model):
@@ -488,3 +504,14 @@ def test_damaged_or_missing_config_is_refused(folder):
 def test_gpt2_context_bounds_its_position_table(tmp_path):
     model = make_model(tmp_path / "m", "gpt2", context=16)
     assert model.config.context == len(model.position.weight) == 16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mlp", [None, 40])
+def test_parameters_are_counted_before_the_model_exists(preset, tied, mlp, tmp_path):
+    options = Init(preset=preset, layers=2, width=32, heads=4, context=24, tied=tied, mlp_width=mlp)
+    config = {"layers": 2, "width": 32, "heads": 4, "context": 24, "tied": tied, "mlp_width": mlp, "kv_heads": None}
+    made = open_folder(empty_folder(tmp_path / "m", preset, **config))
+    count = sum(p.numel() for p in load_model(made).parameters())
+    assert parameters(options, VOCABULARY) == count
+    assert estimate(made.config, Train(), 24)["parameters"] == count

@@ -628,6 +628,12 @@ def test_run_is_not_trained_into_the_model_it_starts_from(base, rows, tmp_path):
     assert second.sha256 != first.sha256
 
 
+@pytest.mark.parametrize("device", ["warp", "cuda:99", "-1"])
+def test_device_that_is_not_there_exits_2(base, rows, tmp_path, device):
+    with pytest.raises(UsageError, match=f"device '{device}'"):
+        train(options_of(f"device={device!r}"), rows, str(base), str(tmp_path / "run"))
+
+
 # ---- the stop set
 
 

@@ -192,7 +192,8 @@ def save_model(
     try:
         temporary.mkdir(parents=True)
         write_tensors(temporary / WEIGHTS, upstream_tensors(model, folder.family))
-        write_json(temporary / "config.json", folder.json | {"dtype": "float32"})
+        config = {key: value for key, value in folder.json.items() if key != "torch_dtype"}  # the older spelling
+        write_json(temporary / "config.json", config | {"dtype": "float32"})
         for name in COMPANIONS:
             if (folder.path / name).is_file():
                 shutil.copyfile(folder.path / name, temporary / name)

@@ -91,4 +91,4 @@ def load_state_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[st
     for name, value in tensors.items():
         parameter, _, key = name.rpartition("/")
         p = parameters[parameter]
-        owner[id(p)].state[p][key] = value if value.ndim == 0 else value.to(p.device)
+        owner[id(p)].state[p][key] = value.to(p.device)  # fused AdamW counts its steps on the device, too

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.optim import Optimizer
 
-from sftcli.errors import Exit, SftError
+from sftcli.errors import Exit, SftError, UsageError
 from sftcli.model.batches import make_batch, micro_batches, shuffled, steps_in_run, steps_of, weight_of
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import lr_share, set_lr
@@ -70,7 +70,11 @@ class Engine:
 
 def choose_engine(device: str, dtype: str) -> Engine:
     """The device and dtype that `auto` means here: bfloat16 only where the device computes in it."""
-    found = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {name!r} cannot be used: {str(error).partition('.')[0]}") from None
     if dtype == "auto":
         fast = found.type == "cuda" and torch.cuda.is_bf16_supported()
         return Engine(found, torch.bfloat16 if fast else torch.float32)

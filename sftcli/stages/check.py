@@ -66,6 +66,8 @@ def _examine(
             if record.shape != "tokens":
                 batch.append((where, record, speaker.documents(record), speaker.prompt(record)[0]))
         except DataError as error:
+            _examine_batch(batch, codec, context, found)  # what is told first is the first in the file
+            batch = []
             found.refused.append(str(error.located(where)))
         if len(batch) == BATCH:
             _examine_batch(batch, codec, context, found)
@@ -77,8 +79,16 @@ def _examine(
 def _examine_batch(
     batch: list[tuple[str, Conversation, list[Rendered], Rendered]], codec: Codec, context: int | None, found: Findings
 ) -> None:
-    encoded = iter(codec.encode([text for _, _, texts, _ in batch for text in texts]))
-    prompts = codec.encode([prompt for *_, prompt in batch])
+    try:
+        encoded = iter(codec.encode([text for _, _, texts, _ in batch for text in texts]))
+        prompts = codec.encode([prompt for *_, prompt in batch])
+    except DataError as error:
+        if len(batch) == 1:
+            found.refused.append(str(error.located(batch[0][0])))
+        else:
+            for one in batch:
+                _examine_batch([one], codec, context, found)
+        return
     bos = codec.added.get(codec.specials.get("bos_token", ""))
     for (where, record, texts, _), (prompt, _) in zip(batch, prompts, strict=True):
         documents = [next(encoded) for _ in texts]

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sftcli.rows import Extra
 from sftcli.stages.common import codec_for, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.records import read_record, renamed
-from sftcli.text.template import Speaker
+from sftcli.text.template import Rendered, Speaker
 from sftcli.text.tokenizer import Codec, stop_ids
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
@@ -33,6 +34,17 @@ class _Asked:
     fields: Extra
     reference: str | None
     sample: int
+
+
+@dataclass
+class _Record:
+    """An input line that was read: `text` is rendered, or the ids of a line that was tokenised already."""
+
+    where: str  # file:line
+    fields: Extra
+    reference: str | None
+    key: str  # of its random stream
+    text: Rendered | list[int]
 
 
 @dataclass
@@ -57,10 +69,9 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     asked: deque[_Asked] = deque()
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
+    records = _records(options, source, speaker, template.wanted, summary)
     failed: list[SftError] = []
-    prompts = _until_error(
-        _prompts(options, source, codec, vocabulary, speaker, template.wanted, asked, summary), failed
-    )
+    prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked), failed)
     if show_batch:
         prompts = _with_table(prompts, options)
     with open_output(output) as out, console.live() as line, engine.autocast():
@@ -109,34 +120,39 @@ def _until_error(prompts: Iterator[Prompt], failed: list[SftError]) -> Iterator[
 
 
 def _prompts(
-    options: Generate,
-    source: str,
-    codec: Codec,
-    vocabulary: int,
-    speaker: Speaker,
-    wanted: tuple[str, ...],
-    asked: deque[_Asked],
-    summary: Summary,
+    records: Iterator[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked]
 ) -> Iterator[Prompt]:
-    """Read, render and encode prompts a batch ahead of the model."""
-    batch: list[tuple[str, _Asked, str, Any]] = []
+    """Encode prompts a batch ahead of the model; before a bad line, the good ones that came with it."""
+    while True:
+        batch: list[_Record] = []
+        failed: SftError | None = None
+        try:
+            for record in islice(records, READ_AHEAD):
+                batch.append(record)
+        except SftError as error:
+            failed = error
+        yield from _encoded(batch, codec, vocabulary, n, asked)
+        if failed:
+            raise failed
+        if len(batch) < READ_AHEAD:
+            return
+
+
+def _records(
+    options: Generate, source: str, speaker: Speaker, wanted: tuple[str, ...], summary: Summary
+) -> Iterator[_Record]:
+    """Read and render the lines of the input."""
     for where, line, fields in read_lines_of([source]):
         if isinstance(fields, DataError):
-            yield from _encoded(batch, codec, vocabulary, options, asked)
             raise fields
         summary.prompts += 1
         try:
-            batch.append(_prompt(line, fields, where, options, speaker, wanted, summary.prompts))
+            yield _record(line, fields, where, options, speaker, wanted, summary.prompts)
         except DataError as error:
-            yield from _encoded(batch, codec, vocabulary, options, asked)
             raise error.located(where) from None
-        if len(batch) == READ_AHEAD:
-            yield from _encoded(batch, codec, vocabulary, options, asked)
-            batch = []
-    yield from _encoded(batch, codec, vocabulary, options, asked)
 
 
-def _prompt(
+def _record(
     line: bytes,
     fields: dict[str, msgspec.Raw],
     where: str,
@@ -144,31 +160,38 @@ def _prompt(
     speaker: Speaker,
     wanted: tuple[str, ...],
     number: int,
-) -> tuple[str, _Asked, str, Any]:
-    """(file:line, what its output repeats, key of its random stream, rendered text or ids)."""
+) -> _Record:
     record = read_record(renamed(fields, options.columns, where), where, number, wanted)
     if record.shape == "tokens":
         document, weights = pretokenized.read(line, fields, where, number)
         end = next((t for t, weight in enumerate(weights or []) if weight), len(document.input_ids))
-        return where, _Asked(fields, None, 0), record.id, document.input_ids[:end]
+        return _Record(where, fields, None, record.id, document.input_ids[:end])
     rendered, reference = speaker.prompt(record)
-    return where, _Asked(fields, reference, 0), record.id, rendered
+    return _Record(where, fields, reference, record.id, rendered)
 
 
-def _encoded(
-    batch: list[tuple[str, _Asked, str, Any]], codec: Codec, vocabulary: int, options: Generate, asked: deque[_Asked]
-) -> Iterator[Prompt]:
-    texts = [text for *_, text in batch if not isinstance(text, list)]
-    ids = iter(codec.encode(texts))
-    for where, ask, key, text in batch:
-        tokens = text if isinstance(text, list) else next(ids)[0]
+def _encoded(batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked]) -> Iterator[Prompt]:
+    for record, tokens in zip(batch, _ids(batch, codec), strict=True):
         if not tokens:
-            raise DataError("the prompt is empty", where)
+            raise DataError("the prompt is empty", record.where)
         if outside := [token for token in tokens if not 0 <= token < vocabulary]:
-            raise DataError(f"id {outside[0]}, the model's vocabulary has {vocabulary}", where, "$.input_ids")
-        for sample in range(options.n):
-            asked.append(_Asked(ask.fields, ask.reference, sample))
-            yield Prompt(tokens, key, sample)
+            raise DataError(f"id {outside[0]}, the model's vocabulary has {vocabulary}", record.where, "$.input_ids")
+        for sample in range(n):
+            asked.append(_Asked(record.fields, record.reference, sample))
+            yield Prompt(tokens, record.key, sample)
+
+
+def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
+    """The ids of every record, encoded at once; if that fails, one by one, up to the line that it was."""
+    try:
+        encoded = iter(codec.encode([record.text for record in batch if isinstance(record.text, Rendered)]))
+        yield from [next(encoded)[0] if isinstance(record.text, Rendered) else record.text for record in batch]
+    except DataError:
+        for record in batch:
+            try:
+                yield codec.encode([record.text])[0][0] if isinstance(record.text, Rendered) else record.text
+            except DataError as error:
+                raise error.located(record.where) from None
 
 
 def _with_table(prompts: Iterator[Prompt], options: Generate) -> Iterator[Prompt]:

@@ -54,6 +54,14 @@ class Outcome:
     model: str = ""
     sha256: str = ""
 
+    def add(self, report: Report) -> None:
+        self.steps = report.step
+        self.tokens += report.tokens
+        if math.isnan(report.loss):
+            self.skipped += 1
+        else:
+            self.loss = report.loss
+
 
 @dataclass
 class Job:
@@ -288,16 +296,10 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
         job.lr,
         start,
     )
-    step = start
     with open(job.run / METRICS, "ab") as metrics, console.live() as line:
         for report, epoch_ends in reports:
+            outcome.add(report)
             step = report.step
-            outcome.steps = step
-            outcome.tokens += report.tokens
-            if math.isnan(report.loss):
-                outcome.skipped += 1
-            else:
-                outcome.loss = report.loss
             last = step == job.plan.steps
             evaluation = None
             if job.eval_rows and (step % every == 0 or last):

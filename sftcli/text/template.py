@@ -22,12 +22,13 @@ import jinja2.sandbox
 from sftcli.artifacts import fingerprint, read_bytes
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import COMPLETION_NAMES, Conversation
-from sftcli.text.traced import Traced, concat, trace
+from sftcli.text.traced import Traced, concat, join_traced, trace
 
 BUILT_IN = Path(__file__).parent / "templates"
 NAMES = (*sorted(path.stem for path in BUILT_IN.glob("*.jinja")), "plain")
 PLAIN_TEXT = "<bos>{prompt}<sep>{completion}<eos>"
 MAX_OUTPUT = 16 << 20
+MAX_LITERALS = 1024  # sequences of roles whose literals are kept
 OWN_ROLE = "assistant"
 SCAFFOLD = "template"  # the role of text that no message holds: headers, separators
 
@@ -201,7 +202,7 @@ def text_template(text: str, columns: Mapping[str, str]) -> str:
             f"template text {text!r} must end with the completion field",
             hint=f"one of {{{'}, {'.join(COMPLETION_NAMES)}}}, or map it: --columns completion=NAME",
         )
-    header = json.dumps({"text": text, "fields": fields}, ensure_ascii=True).replace("#}", "#\\u007d")
+    header = json.dumps({"text": text, "fields": fields, "verbatim": True}).replace("#}", "#\\u007d")
     after = json.dumps(literals[-1], ensure_ascii=False)
     return (
         f"{{#- sft {header} -#}}\n"
@@ -258,6 +259,7 @@ class Speaker:
 
     def __init__(self, template: Template, ends: re.Pattern[str] | None):
         self.template, self.ends = template, ends
+        self.literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
 
     def documents(self, conversation: Conversation) -> list[Rendered]:
         """The conversation as trained: one text, or one a turn where the template rewrites history."""
@@ -300,13 +302,15 @@ class Speaker:
 
     def _render(self, conversation: Conversation, count: int, open_turn: bool, traced: bool = True) -> str:
         messages, tools = conversation.messages[:count], conversation.tools
-        if traced:
-            messages = [
-                {key: value if key == "role" else trace(value, i) for key, value in message.items()}
-                for i, message in enumerate(messages)
-            ]
-            tools = trace(tools, -1)
         try:
+            if self._writes_as_it_is(messages, tools):
+                return self._filled(messages, open_turn)
+            if traced:
+                messages = [
+                    {key: value if key == "role" else trace(value, i) for key, value in message.items()}
+                    for i, message in enumerate(messages)
+                ]
+                tools = trace(tools, -1)
             return self.template.render(messages, tools, open_turn)
         except DataError as error:
             if count > 1:  # name the first message that the template cannot take
@@ -317,6 +321,36 @@ class Speaker:
                         count = shorter
                         break
             raise DataError(error.reason, None, conversation.path(max(count - 1, 0))) from None
+
+    def _writes_as_it_is(self, messages: list[dict[str, Any]], tools: Any) -> bool:
+        """Whether the template says that it writes such messages verbatim: then it need not run for each of them."""
+        return bool(self.template.header.get("verbatim") and not tools) and all(
+            len(message) == 2 and isinstance(message.get("content"), str) for message in messages
+        )
+
+    def _filled(self, messages: list[dict[str, Any]], open_turn: bool) -> str:
+        """Contents put between the literals of this sequence of roles."""
+        literals = self._literals(tuple(message["role"] for message in messages), open_turn)
+        pieces = [literals[0]]
+        for i, message in enumerate(messages):
+            pieces += (trace(message["content"], i), literals[i + 1])
+        return join_traced(pieces)
+
+    def _literals(self, roles: tuple[str, ...], open_turn: bool) -> list[str]:
+        """What the template writes before, between and after the contents of messages with these roles."""
+        key = (roles, open_turn)
+        if key not in self.literals:
+            marks = [f"\0{i}\0" for i in range(len(roles))]
+            messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            text = self.template.render(messages, None, open_turn)
+            found = []
+            for mark in marks:
+                literal, _, text = text.partition(mark)
+                found.append(literal)
+            if len(self.literals) >= MAX_LITERALS:
+                self.literals.clear()
+            self.literals[key] = [*found, text]
+        return self.literals[key]
 
     def _turn(self, conversation: Conversation, i: int, whole: str | None) -> _Turn:
         """Where the words of message i begin and end, in the conversation rendered up to and including it."""

@@ -23,6 +23,8 @@ from sftcli.text.template import Rendered
 W12 = ("where", "is", "the", "capital", "of", "China", "The", "Beijing")  # ids 4..11 of `--tokenizer whitespace`
 W12_CONTROLS = ("<pad>", "<bos>", "<eos>", "<sep>")
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+NEAR = 8  # characters behind a hard cut that a pre-tokenizer may look at
+MAX_LEFT_WORDS = 1024
 WINDOW = 32  # characters on each side of a hard cut that decide whether the tokenizer would merge across it
 
 Encoded = tuple[list[int], list[Segment]]
@@ -55,6 +57,8 @@ class Codec:
         self.control = _pattern(token["content"] for token in added if token["special"] or token["content"].strip())
         self.ends = _pattern(token["content"] for token in added if token["special"])
         self.counts = Counts()
+        self.words = None if self.tokenizer.normalizer else self.tokenizer.pre_tokenizer
+        self.left_words: dict[str, Any] = {}
         self._plain: Tokenizer | None = None
 
     @cached_property
@@ -139,9 +143,22 @@ class Codec:
             if start > 0:
                 left = text.text[max(0, start - WINDOW) : start]
                 if self.control and (last := list(self.control.finditer(left))):
-                    left = left[last[-1].start() :]
-                found.append((number, left + text.text[start : min(end, start + WINDOW)], len(left)))
+                    left = left[last[-1].end() :]
+                right = text.text[start : min(end, start + WINDOW)]
+                if left and self._may_merge(left, right[:NEAR]):
+                    found.append((number, left + right, len(left)))
         return found
+
+    def _may_merge(self, left: str, right: str) -> bool:
+        """False where the pre-tokenizer cuts between the two sides and cuts the left one as it does alone."""
+        if self.words is None:
+            return True
+        if left not in self.left_words:
+            if len(self.left_words) >= MAX_LEFT_WORDS:
+                self.left_words.clear()
+            self.left_words[left] = self.words.pre_tokenize_str(left)
+        alone = self.left_words[left]
+        return bool(self.words.pre_tokenize_str(left + right)[: len(alone)] != alone)
 
     def _forged(self, text: Rendered, start: int, end: int) -> list[tuple[int, int]]:
         """Control strings of a stretch that overlap content, as (start, end) in the stretch."""
