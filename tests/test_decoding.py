@@ -161,6 +161,8 @@ def test_every_row_keeps_its_own_keys_in_order_while_others_come_and_go(side, sc
                 for layer, scale in enumerate((1, 10)):
                     table(layer, torch.zeros(len(rows), 1, 1), new * scale, -new * scale)
         assert len(table) == len(rows)
+        if rows and (side == "left" or move == "add"):  # left: every row ends at the last column
+            assert bool(table.mask[-1, 0] if side == "right" else table.mask[:, table.width - 1].all())
         for i, row in enumerate(rows):
             real = table.mask[i, : table.width]
             for layer, scale in enumerate((1.0, 10.0)):
@@ -405,6 +407,23 @@ def test_deterministic_gives_identical_tokens_at_every_batch_size(model, side):
     given = {"temperature": 1.0, "max_new_tokens": 10, "deterministic": True, "pad_side": side}
     runs = [complete(model, prompts, range(20), batch_size=size, **given) for size in (1, 3, 32)]
     assert runs[0] == runs[1] == runs[2]
+
+
+def test_deterministic_logits_have_the_same_bits_at_every_batch_size(tmp_path, monkeypatch):
+    model = make_model(
+        tmp_path / "m", "llama", layers=2, width=96, heads=6, mlp_width=256
+    )  # wide enough for bits to differ
+    projected = model.logits
+    rows = []
+    monkeypatch.setattr(model, "logits", lambda hidden: rows.extend(projected(hidden)) or projected(hidden))
+
+    def bits(size, **options):
+        rows.clear()
+        complete(model, prompts_of(9, 1, 30, 4, 7), max_new_tokens=10, batch_size=size, **options)
+        return sorted(row.numpy().tobytes() for row in rows)
+
+    assert bits(1, deterministic=True) == bits(3, deterministic=True) == bits(32, deterministic=True)
+    assert bits(1) != bits(32)
 
 
 def test_decoding_under_bfloat16_stays_near_float32(model):

@@ -10,7 +10,6 @@ from conftest import ROOT, SAMPLES, run_in_process, run_process
 
 PACKAGE = ROOT / "sftcli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-BASIS = {"errors", "artifacts", "rows", "rowfile", "console", "recipe", "views"}
 # a module of our own may import these groups; "model" and "text" never meet
 MAY_IMPORT = {
     "cli": {"basis", "stages", "sftcli"},

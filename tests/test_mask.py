@@ -339,6 +339,17 @@ def test_labels_and_loss_masks_are_taken_as_they_are(sft, lines):
     assert row["labels"] == labels and row["loss_weight"][2] == 0.5
 
 
+def test_the_weight_of_a_record_that_came_tokenised_counts(sft, lines, base):
+    records = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "weight": 0.5}]
+    records += [{"input_ids": [5, 6, 7], "loss_mask": [0, 1, 2], "weight": 0.5}]
+    tokens = sft("tokenize", lines(*records), "-m", base)
+    rows = sft("mask", stdin=tokens.out).rows
+    assert [row["loss_weight"] for row in rows] == [[1.0, 0.5, 0.5], [1.0, 0.5, 1.0]]
+    assert not any("weight" in row for row in rows)
+    everything = one(sft, lines, {"input_ids": [5, 6, 7], "weight": 0.5}, "--train-on", "all")
+    assert everything["loss_weight"] == [0.5, 0.5, 0.5]
+
+
 def test_rules_by_ids_work_on_rows_that_came_tokenised(sft, lines):
     assert trained(one(sft, lines, {"input_ids": IDS}, "--train-on", "after:13")) == [4, 5, 6, 7]
     assert trained(one(sft, lines, {"input_ids": IDS}, "--train-on", "all")) == list(range(8))

@@ -167,6 +167,7 @@ WRONG = [
     ({"messages": [{"role": None, "content": "q"}]}, "Expected `str`, got `null` at $.messages[0].role"),
     ({"messages": [{"role": "a b\n", "content": "q"}]}, "is not a name at $.messages[0].role"),
     ({"messages": [{"role": "assistant"}]}, "without content or tool_calls at $.messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, "without content or tool_calls at $.messages[0].content"),
     ({"messages": [{**USER, "weight": -1}]}, "Expected `float` >= 0.0 at $.messages[0].weight"),
     ({"messages": [{**USER, "train": "no"}]}, "Expected `bool`, got `str` at $.messages[0].train"),
     (

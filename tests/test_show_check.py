@@ -6,7 +6,12 @@ import shutil
 import pytest
 from conftest import SAMPLES, chat
 
+from sftcli.artifacts import line_fields
+from sftcli.text.records import read_record
+from sftcli.text.template import Speaker
 from sftcli.text.tokenizer import load_codec
+
+OTHER = line_fields(b'{"prompt": "other words"}', "x:1")
 
 
 @pytest.fixture
@@ -245,6 +250,16 @@ def test_check_of_ids_beyond_the_vocabulary(sft, base, lines, tmp_path):
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
     result = sft("check", lines(chat("q", "a")), "-m", small)
     assert (result.code, marks(result)["ids"]) == (3, "FAIL")
+
+
+def test_check_finds_prompts_that_do_not_begin_their_training_text(sft, base, lines, monkeypatch):
+    """Cannot happen while the cut holds: a prompt of other words stands for a cut that does not."""
+    honest = Speaker.prompt
+    monkeypatch.setattr(Speaker, "prompt", lambda self, record: honest(self, read_record(OTHER, "x:1", 1)))
+    data = lines(chat("q", "a"))
+    result = sft("check", data, "-m", base)
+    assert (result.code, marks(result)["prompt is prefix"]) == (3, "FAIL")
+    assert f"1 rows where it is not, first {data}:1" in result.out.decode()
 
 
 def test_check_without_model_or_rows(sft, base, lines):

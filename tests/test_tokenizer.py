@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SAMPLES, TEMPLATES, chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sftcli.artifacts import line_fields, read_objects
 from sftcli.errors import CheckpointError, DataError, UsageError
@@ -137,7 +137,7 @@ def test_control_tokens_are_the_templates_and_stop_the_turn():
     ]
 
 
-words = st.text("ab é🙂<|>\n", max_size=6)
+words = st.text("ab é🙂<|>\n", max_size=4)
 merge = st.sampled_from([b"a", b"b", b" ", b"<", b"|", b"\xc3", b"\xa9", b"\xf0"])
 
 
@@ -155,6 +155,8 @@ def test_segments_cover_the_ids_and_a_cut_parts_them_exactly(pieces, merges):
     if segments:
         assert (segments[0].start, segments[-1].end) == (0, len(ids))
     assert all(a.end == b.start for a, b in pairwise(segments))
+    whole = codec.tokenizer.encode(text.text, add_special_tokens=False).ids
+    assert (ids == whole) == (codec.counts.merges_cut == 0)
     for cut in text.cuts:
         before = Rendered(
             text.text[:cut], [(0, cut, "x", False, 1.0)] if cut else [], text.content, [c for c in text.cuts if c < cut]
@@ -162,6 +164,40 @@ def test_segments_cover_the_ids_and_a_cut_parts_them_exactly(pieces, merges):
         ((head, _),) = codec.encode([before])
         assert ids[: len(head)] == head
         assert len(head) == len(ids) or any(s.own and s.start == len(head) for s in segments)
+
+
+def spaced_codec(kind):
+    """A BPE that writes a space before every text, as Llama 2's, T5's or RoBERTa's."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(
+        ["the capital is\nBeijing", "where is the capital of China", "[Q] [/Q] the"] * 5, trainer
+    )
+    return Codec(tokenizer.to_str().encode(), kind)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always", "never", "bytes"])
+@pytest.mark.parametrize("prompt", ["<s>[Q] where is [/Q]", "<s>[Q] where is [/Q] ", "<s>where is\n", "where is<s>"])
+@pytest.mark.parametrize("answer", ["the capital</s>", " the capital</s>", "\nthe</s>"])
+def test_the_models_words_go_on_where_the_tokenizer_would_begin_a_text_with_a_space(kind, prompt, answer):
+    """No space is trained that is not there: ids are those of the whole text wherever nothing merges across the cut."""
+    codec = spaced_codec(kind)
+    text = Rendered(prompt + answer, [], [], [len(prompt)])
+    text.segments = [(0, len(prompt), "user", False, 1.0), (len(prompt), len(text.text), "assistant", True, 1.0)]
+    ((ids, segments),) = codec.encode([text])
+    whole = codec.tokenizer.encode(text.text, add_special_tokens=False).ids
+    head = codec.tokenizer.encode(prompt, add_special_tokens=False).ids
+    assert ids[: len(head)] == head
+    assert [(s.start, s.end) for s in segments] == [(0, len(head)), (len(head), len(ids))]
+    assert (ids == whole) == (codec.counts.merges_cut == 0)
+    if prompt.endswith("\n") and answer.startswith("the"):
+        assert ids == whole
 
 
 def test_a_whitespace_vocabulary_gives_no_token_to_spaces():
@@ -424,6 +460,42 @@ def test_a_template_whose_control_tokens_the_tokenizer_lacks_is_refused(base):
     codec = load_codec(base)
     with pytest.raises(UsageError, match="template llama3 needs the control token <.begin_of_text.>"):
         template_for(codec, str(base), "llama3", None, {})
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_the_line(sft, lines, tmp_path, capfd):
+    """The library's Rust code panics where a regular expression gives up; that is no Exception in Python."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("ab")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = lines({"prompt": "a", "completion": "b"}, {"prompt": "a" * 27 + "b", "completion": "b"})
+    result = sft(
+        "tokenize", data, "--tokenizer", tmp_path / "tokenizer.json", "--template-text", "{prompt}{completion}"
+    )
+    assert result.code == 3
+    assert f"error: {data}:2: the tokenizer refused it: " in result.err
+    assert [list(row)[0] for row in result.rows] == ["id", "sft_error"]
+    capfd.readouterr()  # what Rust has to say
+
+
+def test_what_was_encoded_as_plain_text_is_counted_once(sft, lines, tmp_path):
+    """A batch that fails is encoded line by line: neither is anything counted twice, nor what was rejected."""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), *((letter, -2.0) for letter in "ab<>/es")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = lines({"prompt": "a</s>", "completion": "b"}, {"prompt": "a<s>", "completion": "b"})
+    flags = (
+        "--tokenizer",
+        tmp_path / "tokenizer.json",
+        "--template-text",
+        "{prompt}{completion}",
+        "--on-error",
+        "skip",
+    )
+    result = sft("tokenize", data, *flags)
+    assert [row["id"] for row in result.rows] == ["1"]
+    assert "content spells a control token that this tokenizer cannot write as text" in result.err
+    assert "tokenize: 1 control strings in content were encoded as plain text" in result.err
 
 
 def test_what_a_tokenizer_cannot_encode_is_an_error_of_the_data():

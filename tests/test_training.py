@@ -306,7 +306,7 @@ def test_diverged_run_exits_4_and_leaves_no_model(base, rows, tmp_path):
 def interrupted(whole, run, step):
     """What a run killed some time after checkpoint `step` leaves: later metrics, half a checkpoint, no model."""
     shutil.copytree(whole, run)
-    shutil.rmtree(run / "model")
+    (run / "model").rename(run / ".tmp-model-abcd")
     for folder in (run / "checkpoints").iterdir():
         if int(folder.name[5:]) > step:
             folder.rename(folder.with_name(f".tmp-{folder.name}-abcd"))
@@ -328,13 +328,16 @@ def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(base, rows, tmp_p
         assert found.sha256 == expected.sha256
         assert metrics(run) == metrics(whole)
         assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-        assert {p.name for p in (run / "checkpoints").iterdir()} == {p.name for p in (whole / "checkpoints").iterdir()}
+        for place in (".", "checkpoints", "model"):
+            assert {p.name for p in (run / place).iterdir()} == {p.name for p in (whole / place).iterdir()}
 
 
-def test_dropout_and_resume_are_not_vacuous(base, rows, tmp_path):
-    a = train(options_of(), rows, str(base), str(tmp_path / "a"))
-    b = train(options_of("dropout=0.2"), rows, str(base), str(tmp_path / "b"))
-    assert a.sha256 != b.sha256
+def test_dropout_is_a_function_of_seed_and_step_whatever_the_process_drew_before(base, rows, tmp_path):
+    found = {}
+    for name, drawn, settings in (("a", 0, ()), ("b", 1, ("dropout=0.2",)), ("c", 2, ("dropout=0.2",))):
+        torch.manual_seed(drawn)
+        found[name] = train(options_of(*settings), rows, str(base), str(tmp_path / name)).sha256
+    assert found["a"] != found["b"] == found["c"]
 
 
 def signal_after(monkeypatch, step, number):
@@ -374,6 +377,12 @@ def test_signal_saves_a_checkpoint_exits_with_its_code_and_the_run_resumes(
     assert done.value.code == 0
     assert artifacts.file_fingerprint(run / "model" / "model.safetensors") == expected.sha256
     assert metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_signal_in_the_last_step_lets_the_run_end(base, rows, tmp_path, monkeypatch):
+    signal_after(monkeypatch, 8, signal.SIGTERM)
+    outcome = train(options_of(), rows, str(base), str(tmp_path / "run"))
+    assert outcome.sha256 == artifacts.file_fingerprint(tmp_path / "run" / "model" / "model.safetensors")
 
 
 @pytest.mark.slow
@@ -416,12 +425,15 @@ def test_resume_without_a_checkpoint_starts_at_step_0(base, rows, tmp_path):
     assert again.sha256 == first.sha256
 
 
-@pytest.mark.parametrize("change", ["options", "rows", "model"])
+@pytest.mark.parametrize("change", ["options", "rows", "model", "eval_data"])
 def test_resume_with_something_changed_exits_2(base, rows, tmp_path, change):
     run = tmp_path / "run"
-    train(options_of(), rows, str(base), str(run))
+    held = save_rows(tmp_path / "held.safetensors", make_rows([6, 8]))
+    train(options_of(f"eval_data={held}"), rows, str(base), str(run))
     before = (run / "metrics.jsonl").read_bytes()
-    options = options_of("optimizer.lr=1e-4") if change == "options" else options_of()
+    options = options_of(f"eval_data={held}", *(["optimizer.lr=1e-4"] if change == "options" else []))
+    if change == "eval_data":
+        save_rows(held, make_rows([6, 8], seed=9))
     if change == "rows":
         rows = save_rows(tmp_path / "other.safetensors", list(RowFile(rows))[::-1])
     if change == "model":

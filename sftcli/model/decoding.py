@@ -162,23 +162,16 @@ class _Prefill(RowAttention):
         return super().__call__(layer, q, k, v)
 
 
-def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]], apart: bool = False) -> Tensor:
-    """Encode prompts without padding and let them enter the table; returns the logits (B, V) of their last tokens.
-
-    `apart`: one forward a prompt, so that the bits of a row do not depend on its neighbours.
-    """
-    parts = [[prompt] for prompt in prompts] if apart else [list(prompts)] if prompts else []
-    last = []
-    for part in parts:
-        lengths = [len(prompt) for prompt in part]
-        attention = _Prefill([Group(1, length) for length in lengths])
-        ids = torch.tensor([token for prompt in part for token in prompt], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-        hidden = model.hidden(ids, positions, attention)
-        table.add(lengths, attention.keys, attention.values)
-        ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-        last.append(model.logits(hidden[ends]))
-    return torch.cat(last)
+def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Encode prompts without padding and let them enter the table; returns the logits (B, V) of their last tokens."""
+    lengths = [len(prompt) for prompt in prompts]
+    attention = _Prefill([Group(1, length) for length in lengths])
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+    hidden = model.hidden(ids, positions, attention)
+    table.add(lengths, attention.keys, attention.values)
+    ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    return model.logits(hidden[ends])
 
 
 @torch.no_grad()
@@ -192,8 +185,8 @@ def generate(
     """Complete prompts; yields each as it finishes, in any order, numbered by its place in `prompts`.
 
     Rows of the batch that finish leave it and waiting rows enter. A row ends at a stop id or a stop text, after
-    max_new_tokens, or when the model's context is full. With `deterministic` every product has one row in decoding and
-    one prompt in prefill: the bits of a row never depend on the others.
+    max_new_tokens, or when the model's context is full. With `deterministic` rows are decoded one after the other: the
+    bits of a row never depend on the others.
     """
     model.eval()
     waiting = enumerate(prompts)
@@ -207,7 +200,7 @@ def generate(
             more = len(slots) + len(entering) == size
             yield from done
             if entering:
-                first = prefill(model, table, [slot.prompt.ids for slot in entering], options.deterministic)
+                first = prefill(model, table, [slot.prompt.ids for slot in entering])
                 logits = torch.cat([logits, first])
                 slots += entering
         if not slots:

@@ -14,6 +14,7 @@ from sftcli.recipe import Recipe, dump_recipe
 
 NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL}
 SHOWN_ANSWERS = 3
+SHOWN_CHARACTERS = 120
 
 
 def run(recipe: Recipe, output: str) -> dict[str, Any]:
@@ -138,19 +139,26 @@ def _generate(recipe: Recipe, folder: Path) -> None:
     for number, (_, _, fields) in enumerate(artifacts.read_objects(str(folder / COMPLETIONS))):
         if number == SHOWN_ANSWERS:
             break
-        reference = f"   (reference: {json.loads(bytes(fields['reference']))})" if "reference" in fields else ""
-        console.note(f"  {_question(fields)}")
-        console.note(f"    -> {json.loads(bytes(fields['completion']))}{reference}")
+        console.note(f"  {_one_line(_question(fields))}")
+        console.note(f"    -> {_one_line(json.loads(bytes(fields['completion'])))}")
+        if "reference" in fields and bytes(fields["reference"]) != bytes(fields["completion"]):
+            console.note(f"       {_one_line(json.loads(bytes(fields['reference'])))}  (the reference)")
 
 
 def _question(fields: dict[str, Any]) -> str:
-    """The question of a completions line, on one line."""
+    """What a completions line was asked."""
     if "messages" in fields:
         asked = [m for m in json.loads(bytes(fields["messages"])) if m.get("role") == "user"]
         text = asked[-1].get("content") if asked else ""
     else:
         text = next((json.loads(bytes(fields[n])) for n in ("prompt", "question", "instruction") if n in fields), "")
-    return " | ".join(str(text).split("\n"))
+    return str(text)
+
+
+def _one_line(text: str) -> str:
+    """Text for a summary: line ends as bars, no longer than a line of the screen."""
+    text = " | ".join(text.split("\n"))
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
 def _evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:

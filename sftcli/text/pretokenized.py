@@ -1,17 +1,17 @@
 """Rows that somebody else tokenised: `input_ids` with `labels` or `loss_mask`, in and out."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from sftcli.artifacts import decode_json
 from sftcli.errors import DataError
-from sftcli.rows import IGNORE, Document, Row, TokenId
+from sftcli.rows import IGNORE, Document, Row, Segment, TokenId
 
 NEOX_PAD = 0  # GPT-NeoX pads text with 0 and labels with -100
 
-KNOWN = {"id", "input_ids", "labels", "loss_mask", "attention_mask", "source", "tokenizer", "template"}
+KNOWN = {"id", "input_ids", "labels", "loss_mask", "attention_mask", "weight", "source", "tokenizer", "template"}
 
 
 class Tokens(msgspec.Struct):
@@ -20,6 +20,7 @@ class Tokens(msgspec.Struct):
     input_ids: list[TokenId]
     labels: list[int] | None = None
     loss_mask: list[float] | None = None
+    weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     id: str | int | None = None
     source: str | None = None
     tokenizer: str | None = None
@@ -38,19 +39,19 @@ def read(
     document = Document(
         id=identity,
         input_ids=given.input_ids,
-        segments=[],
+        segments=[] if given.weight == 1 else [Segment(0, length, "tokens", False, given.weight)],
         source=given.source,
         tokenizer=given.tokenizer,
         template=given.template,
     )
     if given.labels is not None:
-        return document, _weights_of_labels(given.labels, given.input_ids, where)
+        return document, [given.weight * w for w in _weights_of_labels(given.labels, given.input_ids, where)]
     if given.loss_mask is not None:
         if len(given.loss_mask) not in (length, length - 1):
             raise DataError(f"{len(given.loss_mask)} values for {length} input_ids", where, "$.loss_mask")
         if any(not 0 <= weight < float("inf") for weight in given.loss_mask):
             raise DataError("a weight must be 0 or more", where, "$.loss_mask")
-        return document, [0.0] * (length - len(given.loss_mask)) + given.loss_mask
+        return document, [0.0] * (length - len(given.loss_mask)) + [given.weight * w for w in given.loss_mask]
     return document, None
 
 

@@ -160,7 +160,7 @@ def _messages(fields: Mapping[str, msgspec.Raw], name: str, where: str) -> Conve
     for i, (message, given) in enumerate(zip(checked, plain, strict=True)):
         if not ROLE.fullmatch(message.role):
             raise DataError(f"role {message.role[:64]!r} is not a name", where, f"$.{name}[{i}].role")
-        if message.content is None and not message.tool_calls and "content" not in given:
+        if message.content is None and not message.tool_calls:  # templates would write None
             raise DataError("message without content or tool_calls", where, f"$.{name}[{i}].content")
         given.pop("train", None)
         given.pop("weight", None)

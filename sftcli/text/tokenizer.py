@@ -118,21 +118,50 @@ class Codec:
     def _encode_stretches(self, stretches: list[tuple[Rendered, int, int]]) -> Iterator[tuple[list[int], "_Bounds"]]:
         """Encode whole stretches at once (the library's threads); those with control strings in content go apart."""
         texts = [text.text[start:end] for text, start, end in stretches]
+        anchors = [self._anchor(text, start) for text, start, _ in stretches]
         forged = [self._forged(text, start, end) for text, start, end in stretches]
         windows = self._windows(stretches)
-        safe = [piece for piece, found in zip(texts, forged, strict=True) if not found]
+        safe = [anchor + piece for anchor, piece, found in zip(anchors, texts, forged, strict=True) if not found]
         encoded = iter(self._batch(self.tokenizer, safe + [text for _, text, _ in windows]))
-        results = [next(encoded) if not found else None for found in forged]
+        results = [
+            self._taken_off(next(encoded), anchor, piece) if not found else None
+            for anchor, piece, found in zip(anchors, texts, forged, strict=True)
+        ]
         for right, text, cut in windows:
             joint, before, after = next(encoded), results[right - 1], results[right]
             if before is not None and after is not None:
-                self.counts.merges_cut += _merged(joint, cut, len(text), before, after)
+                self.counts.merges_cut += _merged(joint, cut, len(text), before[0], after[0])
         for piece, found, result in zip(texts, forged, results, strict=True):
-            if result is not None:
-                yield result.ids, _Bounds([(0, 0, result)], len(piece), len(result.ids))
-            else:
+            if result is None:
+                result = self._encode_defused(piece, found)
                 self.counts.defused += len(found)
-                yield self._encode_defused(piece, found)
+            yield result
+
+    @cached_property
+    def _writes_a_space_first(self) -> bool:
+        """Whether a text begins with a space that is not in it (Llama 2): one that goes on must not."""
+        try:
+            alone, behind = self._batch(self.tokenizer, ["a", "\na"])
+        except DataError:  # a vocabulary of words
+            return False
+        return bool(behind.ids[-len(alone.ids) :] != alone.ids)
+
+    def _anchor(self, text: Rendered, start: int) -> str:
+        """What is encoded before a stretch that goes on, and taken off again."""
+        if not start or not self._writes_a_space_first:
+            return ""
+        before = text.text[:start]
+        return next((token for token in self.added if before.endswith(token)), "\n")
+
+    def _taken_off(self, encoding: Any, anchor: str, piece: str) -> tuple[list[int], "_Bounds"]:
+        """Ids of a piece, and where its characters lie in them, of the encoding of anchor + piece."""
+        ids, size = encoding.ids, len(anchor)
+        if not anchor:
+            return ids, _Bounds([(0, 0, encoding)], len(piece), len(ids))
+        before = [end for start, end in encoding.offsets if start < size]
+        if max(before, default=0) > size:  # the anchor became one token with what follows
+            return self._taken_off(self._batch(self.tokenizer, [piece])[0], "", piece)
+        return ids[len(before) :], _Bounds([(-size, -len(before), encoding)], len(piece), len(ids) - len(before))
 
     def _windows(self, stretches: list[tuple[Rendered, int, int]]) -> list[tuple[int, str, int]]:
         """(number of the stretch that a hard cut begins, the text around the cut, the cut's place in it)."""
@@ -156,9 +185,18 @@ class Codec:
         if left not in self.left_words:
             if len(self.left_words) >= MAX_LEFT_WORDS:
                 self.left_words.clear()
-            self.left_words[left] = self.words.pre_tokenize_str(left)
+            self.left_words[left] = self._words_of(left)
         alone = self.left_words[left]
-        return bool(self.words.pre_tokenize_str(left + right)[: len(alone)] != alone)
+        return bool(not alone or self._words_of(left + right)[: len(alone)] != alone)
+
+    def _words_of(self, text: str) -> list[Any]:
+        """The pre-tokenizer's pieces; none where it fails, as encoding the text will, with its line."""
+        try:
+            return list(self.words.pre_tokenize_str(text)) if self.words else []
+        except BaseException as error:
+            if not _of_library(error):
+                raise
+            return []
 
     def _forged(self, text: Rendered, start: int, end: int) -> list[tuple[int, int]]:
         """Control strings of a stretch that overlap content, as (start, end) in the stretch."""
@@ -189,13 +227,20 @@ class Codec:
     def _batch(self, tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
         try:
             return list(tokenizer.encode_batch(texts, add_special_tokens=False))
-        except Exception as error:
+        except BaseException as error:
+            if not _of_library(error):
+                raise
             if self.words_only:
                 words = {word for text in texts for word in text.split()}
                 unknown = sorted(word for word in words if tokenizer.token_to_id(word) is None)
                 if unknown:
                     raise DataError(f"unknown word {unknown[0]!r}: the vocabulary has whole words only") from None
             raise DataError(f"the tokenizer refused it: {error}") from None
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether an error is the tokenizers library's: panics of its Rust code are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @dataclass
@@ -229,11 +274,11 @@ class _Bounds:
         return following[0] if following else self.length
 
 
-def _merged(joint: Any, cut: int, length: int, before: Any, after: Any) -> bool:
+def _merged(joint: Any, cut: int, length: int, before: list[int], after: list[int]) -> bool:
     """Whether the text around a cut, encoded in one, has other tokens beside the cut than its two sides have."""
     at = _Bounds([(0, 0, joint)], length, len(joint.ids)).token_at(cut)
     beside = joint.ids[max(at - 1, 0) : at + 1]
-    return bool(beside != before.ids[-1:] + after.ids[:1])
+    return bool(beside != before[-1:] + after[:1])
 
 
 def _between_cuts(text: Rendered) -> list[tuple[int, int]]:
