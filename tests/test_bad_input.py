@@ -349,7 +349,7 @@ MESSAGES = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "train", "weight", "tool_calls", "from", "value"]), json_values | st.sampled_from(["user", "assistant"]), max_size=4),
     max_size=3,
 )  # fmt: skip
-EXAMPLES = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @EXAMPLES
@@ -365,6 +365,19 @@ def test_any_json_in_any_field_gives_rows_or_one_line(base, record):
         return
     masked = run_in_process("mask", stdin=result.out)
     assert masked.code in (0, 3) and "Traceback" not in masked.err
+
+
+SHOWN = ["messages", "labels", "align", "segments", "input_ids", "step", "loss", "eval_loss", "turns", "id", "tokenizer"]
+
+
+@EXAMPLES
+@given(st.lists(st.dictionaries(st.sampled_from(SHOWN), json_values, max_size=6), min_size=1, max_size=3))
+def test_anything_can_be_shown_or_is_one_line(tmp_path_factory, records):
+    path = tmp_path_factory.mktemp("show") / "any.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = run_in_process("show", path)
+    assert result.code in (0, 3) and "Traceback" not in result.err
+    assert result.code == 0 or result.err.count("error: ") == 1
 
 
 @EXAMPLES

@@ -59,7 +59,7 @@ def without_defaults(row):
     )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(rows(), max_size=5))
 def test_json_lines_and_safetensors_hold_equal_rows(tmp_path, some):
     columns, lines = tmp_path / "rows.safetensors", tmp_path / "rows.jsonl"

@@ -399,6 +399,15 @@ def test_a_template_that_drops_a_message_is_refused(place):
     )
 
 
+def test_a_template_that_drops_tool_calls_is_refused():
+    messages = [*chat("Rain?")["messages"], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    for content in ("", "Let me see."):
+        messages[1]["content"] = content
+        with pytest.raises(DataError, match=r"template alpaca has no place for tool calls at \$\.messages\[1\]"):
+            speaker_of("alpaca").documents(record_of({"messages": messages}))
+        assert len(only("chatml", {"messages": messages})) == 5
+
+
 def test_a_message_that_is_written_in_a_way_that_is_not_followed_is_still_a_message():
     source = LOOP + "{{ '%s.' % message.content }}</s>{% endfor %}"
     assert only(source, chat("q", "a")) == [("q.</s>", "template"), ("a.</s>", "ASSISTANT")]

@@ -315,7 +315,13 @@ def interrupted(whole, run, step):
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("dropout=0.2",), ("dropout=0.1", "optimizer.kind=muon", "gradient_checkpointing=true")], ids=str
+    "settings",
+    [
+        (),
+        ("dropout=0.2", "batch_rows=null", "batch_tokens=40"),
+        ("dropout=0.1", "optimizer.kind=muon", "gradient_checkpointing=true", "dtype=bfloat16"),
+    ],
+    ids=str,
 )
 def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(base, rows, tmp_path, settings):
     options = options_of("checkpoint_every=1", "keep=99", "eval_share=0.1", "eval_every=2", "sample_rows=1", *settings)

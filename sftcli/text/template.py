@@ -394,15 +394,24 @@ class Speaker:
         followed lets its control strings through."""
         for i, message in enumerate(conversation.messages[:count]):
             content = message.get("content")
-            if i in shown or not isinstance(content, str) or not content.strip():
+            words = content.strip() if isinstance(content, str) else ""
+            if any(name not in text for name in _called(message)):
+                reason = "has no place for tool calls"
+            elif i in shown or not words:
                 continue
-            if content.strip() not in text:
+            elif words not in text:
                 reason = f"has no place for role {message['role']!r}"
-            elif self.ends and self.ends.search(content):
+            elif self.ends and self.ends.search(words):
                 reason = "hides which words are the message's, and it has control tokens in them"
             else:
                 continue
             raise DataError(f"template {self.template.name} {reason}", None, conversation.path(i))
+
+
+def _called(message: Mapping[str, Any]) -> list[str]:
+    """Names of the functions that a message calls."""
+    functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return [function["name"] for function in functions if isinstance(function.get("name"), str)]
 
 
 def _spoken(turns: list[_Turn], text: str) -> list[_Turn]:
