@@ -18,7 +18,7 @@ class Exit(IntEnum):
 class SftError(Exception):
     """Anything a user can act on. `str(error)` is one line; `hint` says what to do next."""
 
-    def __init__(self, message: str, code: Exit = Exit.FAILURE, hint: str | None = None):
+    def __init__(self, message: str, code: int = Exit.FAILURE, hint: str | None = None):
         super().__init__(" ".join(message.split()))
         self.code = code
         self.hint = hint

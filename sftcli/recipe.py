@@ -45,6 +45,7 @@ Files = Annotated[list[str], BeforeValidator(_listed)]
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Init(Options):
@@ -165,7 +166,7 @@ class Train(Options):
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: off
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     eval_data: str | None = None
@@ -195,7 +196,7 @@ class Generate(Options):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     stop: Files = []
     n: Positive = 1
-    seed: int = 0
+    seed: Seed = 0
     pad_side: Literal["left", "right"] = "left"
     deterministic: bool = False
     device: str = "auto"

@@ -367,7 +367,19 @@ def test_any_json_in_any_field_gives_rows_or_one_line(base, record):
     assert masked.code in (0, 3) and "Traceback" not in masked.err
 
 
-SHOWN = ["messages", "labels", "align", "segments", "input_ids", "step", "loss", "eval_loss", "turns", "id", "tokenizer"]
+SHOWN = [
+    "messages",
+    "labels",
+    "align",
+    "segments",
+    "input_ids",
+    "step",
+    "loss",
+    "eval_loss",
+    "turns",
+    "id",
+    "tokenizer",
+]
 
 
 @EXAMPLES

@@ -37,7 +37,7 @@ def show(path: str, count: int, model: str | None) -> None:
         return
     shown = _kind_of(first[2])
     if shown is _show_metrics:
-        _show_metrics([first[2], *(fields for _, _, fields in lines)])
+        _show_metrics([(where, fields) for where, _, fields in _chain(first, lines)])
         return
     for where, line, fields in islice(_chain(first, lines), count):
         shown(where, line, fields, codec)
@@ -77,7 +77,7 @@ def _show_any(where: str, line: bytes, fields: Fields, codec: Codec | None) -> N
     """Raw data, completions, samples: each field by name; messages by role."""
     parts: list[tuple[str, str]] = []
     for name, raw in fields.items():
-        value = msgspec.json.decode(raw)
+        value = decode_json(bytes(raw), where)
         if name in ("messages", "conversations") and isinstance(value, list):
             parts += [_message(item) for item in value if isinstance(item, dict)]
         else:
@@ -95,18 +95,17 @@ def _message(message: dict[str, Any]) -> tuple[str, str]:
     return role, text + (msgspec.json.encode(calls).decode() if calls else "") + marks
 
 
-def _show_metrics(steps: list[Fields]) -> None:
+def _show_metrics(steps: list[tuple[str, Fields]]) -> None:
     """A table of at most METRIC_LINES steps, the first and the last among them."""
     names = ("step", "epoch", "loss", "eval_loss", "accuracy", "lr", "grad_norm", "tokens_per_second")
     spaced = {round(i * (len(steps) - 1) / max(METRIC_LINES - 1, 1)) for i in range(METRIC_LINES)}
-    evaluated = {i for i, fields in enumerate(steps) if "eval_loss" in fields}
+    evaluated = {i for i, (_, fields) in enumerate(steps) if "eval_loss" in fields}
     screen = console.console(stderr=False)
     screen.print(console.styled([("".join(f"{name:>18}" for name in names), "bold")]))
     for i in sorted(spaced | (evaluated if len(evaluated) <= METRIC_LINES else set())):
-        values = {name: msgspec.json.decode(steps[i][name]) for name in names if name in steps[i]}
-        cells = [
-            f"{values[name]:.4g}" if name in values and name != "step" else str(values.get(name, "")) for name in names
-        ]
+        where, fields = steps[i]
+        values = [decode_json(bytes(fields[name]), where) if name in fields else "" for name in names]
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
         screen.print(console.styled([("".join(f"{cell:>18}" for cell in cells), "")]))
 
 

@@ -1,89 +1,43 @@
 """sft train: rows -> a model folder, with everything a run leaves behind."""
 
-import math
 import os
-import platform
-import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
-from torch.optim import Optimizer
 
-import sftcli
 from sftcli import artifacts, console
 from sftcli.artifacts import METRICS, MODEL, RUN, SAMPLES, file_fingerprint, json_line
-from sftcli.errors import DataError, SftError, UsageError
-from sftcli.model import optim, resume
-from sftcli.model.batches import weight_of
-from sftcli.model.checkpoint import WEIGHTS, ModelFolder, load_model, open_folder, save_model
-from sftcli.model.dataset import check_rows, check_tokenizer, fitting_rows, split, trained_stops
+from sftcli.errors import SftError, UsageError
+from sftcli.model import resume
+from sftcli.model.checkpoint import WEIGHTS, ModelFolder, open_folder, save_model
+from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Prompt, generate, in_order
-from sftcli.model.gpt import GPT
 from sftcli.model.scoring import Totals, total_score
-from sftcli.model.training import Engine, Plan, Report, choose_engine, train_steps
+from sftcli.model.training import Report, train_steps
 from sftcli.recipe import Generate, Train
-from sftcli.rowfile import RowFile, is_row_file, write_rows
-from sftcli.rows import IGNORE, Row, read_rows_jsonl
+from sftcli.rows import IGNORE, Row
+from sftcli.stages.training_job import (
+    Job,
+    Outcome,
+    compare,
+    has_enough,
+    make_job,
+    open_rows,
+    resume_job,
+    save_checkpoint,
+    start_over,
+)
 from sftcli.text.template import Template
-from sftcli.text.tokenizer import Codec, folder_template, load_codec, recall, stop_ids
+from sftcli.text.tokenizer import folder_template, load_codec, recall, stop_ids
 
 NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, RUN, artifacts.CHECKPOINTS, artifacts.BASE, artifacts.RECIPE}
-STALE_AFTER = (METRICS, SAMPLES, MODEL, artifacts.CHECKPOINTS)  # what a new training run replaces
-
-
-@dataclass
-class Outcome:
-    """How a run ended."""
-
-    steps: int = 0
-    skipped: int = 0  # steps of this process that had no weight
-    loss: float | None = None  # None: there was no step left to take
-    eval_loss: float | None = None
-    eval_accuracy: float | None = None
-    seconds: float = 0.0
-    tokens: int = 0
-    model: str = ""
-    sha256: str = ""
-
-    def add(self, report: Report) -> None:
-        self.steps = report.step
-        self.tokens += report.tokens
-        if math.isnan(report.loss):
-            self.skipped += 1
-        else:
-            self.loss = report.loss
-
-
-@dataclass
-class Job:
-    """Everything one training run works with."""
-
-    options: Train
-    folder: ModelFolder
-    run: Path
-    rows: RowFile
-    train_rows: list[int]
-    eval_rows: Sequence[Row]
-    model: GPT
-    optimizers: list[Optimizer]
-    engine: Engine
-    plan: Plan
-    lr: float
-    codec: Codec
-    stops: list[int]
-    settings: dict[str, Any]
-    best: tuple[float, int] | None = None  # eval loss, step
-    since_best: int = 0
-    outcome: Outcome = field(default_factory=Outcome)
 
 
 def train(options: Train, source: str, model: str, output: str, resumed: bool = False) -> Outcome:
@@ -92,14 +46,14 @@ def train(options: Train, source: str, model: str, output: str, resumed: bool = 
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    rows, where = _open_rows(source, run)
+    rows, where = open_rows(source, run)
     check_rows(rows, folder.config, where)
     check_tokenizer(rows[0].tokenizer, codec.hash, where)
-    job = _job(options, folder, run, rows, where, codec)
+    job = make_job(options, folder, run, rows, where, codec)
     resume.remove_leftovers(run)
-    start = job.outcome.steps = _resume(job) if resumed else _start_over(job)
+    start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
     _announce(job, where, start)
-    if not _enough(job):  # else early stopping had ended the run that is resumed
+    if not has_enough(job):  # else early stopping had ended the run that is resumed
         with _stop_signals() as stopped:
             _loop(job, start, stopped)
     return _finish(job)
@@ -113,134 +67,6 @@ def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
         )
-
-
-def _open_rows(source: str, run: Path) -> tuple[RowFile, str]:
-    """The rows as a random-access file: JSON lines (a pipe, say) are first collected into the run folder."""
-    if is_row_file(source):
-        return RowFile(source), source
-    collected = run / artifacts.ROWS
-    tokenizers: set[str | None] = set()
-
-    def arriving() -> Iterator[Row]:
-        for where, row, _ in read_rows_jsonl(source):
-            tokenizers.add(row.tokenizer)
-            if len(tokenizers) > 1:
-                raise DataError("rows of two tokenizers", where, "$.tokenizer")
-            yield row
-
-    count = write_rows(collected, arriving())
-    console.note(f"train: received {count:,} rows")
-    return RowFile(collected), artifacts.name_of(source)
-
-
-def _job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: str, codec: Codec) -> Job:
-    train_rows, held_out = split(len(rows), options.eval_share, options.seed)
-    eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
-    engine = choose_engine(options.device, options.dtype)
-    model = load_model(folder, options.seed).to(engine.device)
-    model.gradient_checkpointing = options.gradient_checkpointing
-    lengths = rows.lengths()
-    plan = Plan([lengths[i] for i in train_rows], options)
-    lr = options.optimizer.lr or (optim.LR_PRETRAINED if folder.has_weights else optim.LR_FROM_NOTHING)
-    return Job(
-        options=options,
-        folder=folder,
-        run=run,
-        rows=rows,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
-        model=model,
-        optimizers=optim.build(model, options.optimizer, lr),
-        engine=engine,
-        plan=plan,
-        lr=lr,
-        codec=codec,
-        stops=trained_stops(rows, codec.special_ids),
-        settings={
-            "options": options.model_dump(mode="json"),
-            "rows": file_fingerprint(rows.path),
-            "eval_data": _file_identity(options.eval_data),
-            "model": _model_fingerprint(folder),
-            "threads": torch.get_num_threads(),
-            "device": str(engine.device),
-            "dtype": str(engine.dtype),
-        },
-    )
-
-
-def _eval_rows(options: Train, held_out: list[Row], folder: ModelFolder, codec: Codec) -> list[Row]:
-    """Held-out rows of the training data, then those of --eval-data; refused where they could not tell anything."""
-    found = held_out
-    if options.eval_data:
-        found = held_out + list(fitting_rows(options.eval_data, folder.config, codec.hash))
-    if (found or options.eval_data) and not any(weight_of([row]) for row in found):
-        raise DataError("no token of the held-out rows is trained", options.eval_data, hint="hold out other rows")
-    if options.patience and not found:
-        raise UsageError("patience needs held-out rows", hint="--eval-share 0.1, or --eval-data ROWS")
-    return found
-
-
-def _file_identity(path: str | None) -> str | None:
-    """A fingerprint of a file; None for a pipe, which can be read only once."""
-    return file_fingerprint(path) if path and os.path.isfile(path) else None
-
-
-def _model_fingerprint(folder: ModelFolder) -> str:
-    return artifacts.fingerprint(*(file_fingerprint(path) for path in (folder.path / "config.json", *folder.files)))
-
-
-def _start_over(job: Job) -> int:
-    for name in STALE_AFTER:
-        path = job.run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    facts = {
-        "sftcli": sftcli.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    artifacts.update_json(job.run / RUN, facts | job.settings)
-    return 0
-
-
-def _resume(job: Job) -> int:
-    """Go on from the newest checkpoint: same data and settings, metrics cut back to its step."""
-    found = resume.checkpoints(job.run)
-    if not found:
-        console.note("train: no checkpoint to resume from, starting at step 0")
-        return _start_over(job)
-    facts = resume.load(found[-1], job.model, job.optimizers)
-    for name, now in job.settings.items():
-        before = facts["settings"].get(name)
-        if before == now:
-            continue
-        if name in ("threads", "device", "dtype"):
-            console.warn(f"train: {name} was {before}, is {now}: the run goes on, but not bit for bit")
-        else:
-            raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
-    step = int(facts["step"])
-    job.best = tuple(facts["best"]) if facts.get("best") else None
-    job.since_best = int(facts.get("since_best", 0))
-    for name in (METRICS, SAMPLES):
-        _cut_back(job.run / name, step)
-    console.note(f"train: resuming after step {step}")
-    return step
-
-
-def _cut_back(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`, so that no step appears twice."""
-    if path.is_file():
-        kept = []
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                if msgspec.json.decode(line)["step"] <= step:
-                    kept.append(line)
-            except (msgspec.DecodeError, KeyError, TypeError):
-                break  # a torn last line
-        with artifacts.atomic_file(path) as file:
-            file.writelines(kept)
 
 
 def _announce(job: Job, where: str, start: int) -> None:
@@ -311,21 +137,27 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
                 _answer_samples(job, step)
             line.show(_progress(job, report, begin, start), step / job.plan.steps)
             if evaluation:
-                _compare(job, evaluation.loss, step)
-            enough = _enough(job)
-            at_checkpoint = step % options.checkpoint_every == 0 if options.checkpoint_every else epoch_ends
-            if at_checkpoint or last or stopped or enough or (job.best and job.best[1] == step and options.patience):
-                _checkpoint(job, step)
-            if enough:
+                compare(job, evaluation.loss, step)
+            if _checkpoint_due(job, step, epoch_ends) or last or stopped:
+                save_checkpoint(job, step)
+            if has_enough(job):
                 console.note(f"train: step {step}: no better eval loss in {options.patience} evaluations, stopping")
                 break
             if stopped and not last:
                 raise SftError(
                     f"stopped after step {step} of {job.plan.steps}; a checkpoint is saved",
-                    128 + stopped[0],  # type: ignore[arg-type]
+                    128 + stopped[0],
                     hint="--resume goes on",
                 )
     outcome.seconds = time.monotonic() - begin
+
+
+def _checkpoint_due(job: Job, step: int, epoch_ends: bool) -> bool:
+    """Every checkpoint_every steps (or epoch), and where early stopping may come back to or ends."""
+    options = job.options
+    if options.patience and (has_enough(job) or (job.best and job.best[1] == step)):
+        return True
+    return step % options.checkpoint_every == 0 if options.checkpoint_every else epoch_ends
 
 
 def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
@@ -343,26 +175,6 @@ def _progress(job: Job, report: Report, begin: float, start: int) -> str:
         f"train {report.step}/{job.plan.steps}  epoch {report.epoch:.1f}  loss {job.outcome.loss or 0:.3f}{held}  "
         f"{job.outcome.tokens / spent:,.0f} tokens/s  {console.clock(left)} left"
     )
-
-
-def _compare(job: Job, loss: float, step: int) -> None:
-    """Remember the best eval loss, and for how many evaluations there was no better one."""
-    if math.isfinite(loss) and (job.best is None or loss < job.best[0]):
-        job.best, job.since_best = (loss, step), 0
-    else:
-        job.since_best += 1
-
-
-def _enough(job: Job) -> bool:
-    """Early stopping: whether `patience` evaluations have passed without a better loss."""
-    return job.options.patience is not None and job.since_best >= job.options.patience
-
-
-def _checkpoint(job: Job, step: int) -> None:
-    facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
-    if job.best and job.options.patience:
-        facts["best_step"] = job.best[1]
-    resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep)
 
 
 def _samples_due(options: Train, step: int, evaluation: Totals | None, last: bool) -> bool:

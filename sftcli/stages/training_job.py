@@ -1,0 +1,227 @@
+"""A training run as it stands: what it works with, how it starts, resumes and is saved."""
+
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.optim import Optimizer
+
+import sftcli
+from sftcli import artifacts, console
+from sftcli.artifacts import METRICS, MODEL, RUN, SAMPLES, file_fingerprint
+from sftcli.errors import DataError, UsageError
+from sftcli.model import optim, resume
+from sftcli.model.batches import weight_of
+from sftcli.model.checkpoint import ModelFolder, load_model
+from sftcli.model.dataset import fitting_rows, split, trained_stops
+from sftcli.model.gpt import GPT
+from sftcli.model.training import Engine, Plan, Report, choose_engine
+from sftcli.recipe import Train
+from sftcli.rowfile import RowFile, is_row_file, write_rows
+from sftcli.rows import Row, read_rows_jsonl
+from sftcli.text.tokenizer import Codec
+
+STALE_AFTER = (METRICS, SAMPLES, MODEL, artifacts.CHECKPOINTS)  # what a new training run replaces
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    steps: int = 0
+    skipped: int = 0  # steps of this process that had no weight
+    loss: float | None = None  # None: there was no step left to take
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    model: str = ""
+    sha256: str = ""
+
+    def add(self, report: Report) -> None:
+        self.steps = report.step
+        self.tokens += report.tokens
+        if math.isnan(report.loss):
+            self.skipped += 1
+        else:
+            self.loss = report.loss
+
+
+@dataclass
+class Job:
+    """Everything one training run works with."""
+
+    options: Train
+    folder: ModelFolder
+    run: Path
+    rows: RowFile
+    train_rows: list[int]
+    eval_rows: Sequence[Row]
+    model: GPT
+    optimizers: list[Optimizer]
+    engine: Engine
+    plan: Plan
+    lr: float
+    codec: Codec
+    stops: list[int]
+    settings: dict[str, Any]
+    best: tuple[float, int] | None = None  # eval loss, step
+    since_best: int = 0
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+def open_rows(source: str, run: Path) -> tuple[RowFile, str]:
+    """The rows as a random-access file: JSON lines (a pipe, say) are first collected into the run folder."""
+    if is_row_file(source):
+        return RowFile(source), source
+    collected = run / artifacts.ROWS
+    tokenizers: set[str | None] = set()
+
+    def arriving() -> Iterator[Row]:
+        for where, row, _ in read_rows_jsonl(source):
+            tokenizers.add(row.tokenizer)
+            if len(tokenizers) > 1:
+                raise DataError("rows of two tokenizers", where, "$.tokenizer")
+            yield row
+
+    count = write_rows(collected, arriving())
+    console.note(f"train: received {count:,} rows")
+    return RowFile(collected), artifacts.name_of(source)
+
+
+def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: str, codec: Codec) -> Job:
+    train_rows, held_out = split(len(rows), options.eval_share, options.seed)
+    eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
+    engine = choose_engine(options.device, options.dtype)
+    model = load_model(folder, options.seed).to(engine.device)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    lengths = rows.lengths()
+    plan = Plan([lengths[i] for i in train_rows], options)
+    lr = options.optimizer.lr or (optim.LR_PRETRAINED if folder.has_weights else optim.LR_FROM_NOTHING)
+    return Job(
+        options=options,
+        folder=folder,
+        run=run,
+        rows=rows,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        model=model,
+        optimizers=optim.build(model, options.optimizer, lr),
+        engine=engine,
+        plan=plan,
+        lr=lr,
+        codec=codec,
+        stops=trained_stops(rows, codec.special_ids),
+        settings={
+            "options": options.model_dump(mode="json"),
+            "rows": file_fingerprint(rows.path),
+            "eval_data": _file_identity(options.eval_data),
+            "model": _model_fingerprint(folder),
+            "threads": torch.get_num_threads(),
+            "device": str(engine.device),
+            "dtype": str(engine.dtype),
+        },
+    )
+
+
+def _eval_rows(options: Train, held_out: list[Row], folder: ModelFolder, codec: Codec) -> list[Row]:
+    """Held-out rows of the training data, then those of --eval-data; refused where they could not tell anything."""
+    found = held_out
+    if options.eval_data:
+        found = held_out + list(fitting_rows(options.eval_data, folder.config, codec.hash))
+    if (found or options.eval_data) and not any(weight_of([row]) for row in found):
+        raise DataError("no token of the held-out rows is trained", options.eval_data, hint="hold out other rows")
+    if options.patience and not found:
+        raise UsageError("patience needs held-out rows", hint="--eval-share 0.1, or --eval-data ROWS")
+    return found
+
+
+def _file_identity(path: str | None) -> str | None:
+    """A fingerprint of a file; None for a pipe, which can be read only once."""
+    return file_fingerprint(path) if path and os.path.isfile(path) else None
+
+
+def _model_fingerprint(folder: ModelFolder) -> str:
+    return artifacts.fingerprint(*(file_fingerprint(path) for path in (folder.path / "config.json", *folder.files)))
+
+
+def start_over(job: Job) -> int:
+    for name in STALE_AFTER:
+        path = job.run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    facts = {
+        "sftcli": sftcli.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    artifacts.update_json(job.run / RUN, facts | job.settings)
+    return 0
+
+
+def resume_job(job: Job) -> int:
+    """Go on from the newest checkpoint: same data and settings, metrics cut back to its step."""
+    found = resume.checkpoints(job.run)
+    if not found:
+        console.note("train: no checkpoint to resume from, starting at step 0")
+        return start_over(job)
+    facts = resume.load(found[-1], job.model, job.optimizers)
+    for name, now in job.settings.items():
+        before = facts["settings"].get(name)
+        if before == now:
+            continue
+        if name in ("threads", "device", "dtype"):
+            console.warn(f"train: {name} was {before}, is {now}: the run goes on, but not bit for bit")
+        else:
+            raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
+    step = int(facts["step"])
+    job.best = tuple(facts["best"]) if facts.get("best") else None
+    job.since_best = int(facts.get("since_best", 0))
+    for name in (METRICS, SAMPLES):
+        _cut_back(job.run / name, step)
+    console.note(f"train: resuming after step {step}")
+    return step
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`, so that no step appears twice."""
+    if path.is_file():
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if msgspec.json.decode(line)["step"] <= step:
+                    kept.append(line)
+            except (msgspec.DecodeError, KeyError, TypeError):
+                break  # a torn last line
+        with artifacts.atomic_file(path) as file:
+            file.writelines(kept)
+
+
+def compare(job: Job, loss: float, step: int) -> None:
+    """Remember the best eval loss, and for how many evaluations there was no better one."""
+    if math.isfinite(loss) and (job.best is None or loss < job.best[0]):
+        job.best, job.since_best = (loss, step), 0
+    else:
+        job.since_best += 1
+
+
+def has_enough(job: Job) -> bool:
+    """Early stopping: whether `patience` evaluations have passed without a better loss."""
+    return job.options.patience is not None and job.since_best >= job.options.patience
+
+
+def save_checkpoint(job: Job, step: int) -> None:
+    facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
+    if job.best and job.options.patience:
+        facts["best_step"] = job.best[1]
+    resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep)
