@@ -52,10 +52,11 @@ def in_shell(script: str, folder: Path, timeout: int) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.timeout(300)
 def test_every_command_of_the_readme_works_in_its_order(workplace: Path) -> None:
     found = blocks("bash")
     assert sum(block.count("sft ") for block in found) >= 20
-    done = in_shell("\n".join(found), workplace, 110)
+    done = in_shell("\n".join(found), workplace, 280)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "[0,0,0,1,1,1,0,0]" in done.stdout  # NX-4, from the pipe into `sft mask --format neox`
