@@ -28,7 +28,7 @@ from sftcli.stages.common import codec_for, template_for
 from sftcli.stages.init import init
 from sftcli.stages.tokenize import tokenize
 from sftcli.text.records import read_record, renamed
-from sftcli.text.template import Speaker
+from sftcli.text.speaker import Speaker
 
 
 def timed(work: Callable[[], object]) -> float:

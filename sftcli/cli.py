@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,6 +97,14 @@ def _filter() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
+def _filter_options(output: str | None, name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
+    """A filter's options; if they are wrong, the next stage of the pipe is told so."""
+    from sftcli.artifacts import open_output
+
+    with open_output(None) if output in (None, "-") else nullcontext():
+        return _options(name, recipe, settings, **flags)
+
+
 def _options(name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
     """A section's options: the recipe's, then flags that were given, then --set."""
     from sftcli.recipe import SECTIONS, Recipe, apply_settings, parse, read_yaml
@@ -167,7 +176,8 @@ def tokenize(
     from sftcli.stages.tokenize import tokenize as stage
 
     _filter()
-    options = _options(
+    options = _filter_options(
+        output,
         "tokenize",
         recipe,
         settings,
@@ -210,7 +220,8 @@ def mask(
     from sftcli.stages.mask import mask as stage
 
     _filter()
-    options = _options(
+    options = _filter_options(
+        output,
         "mask",
         recipe,
         settings,
@@ -316,7 +327,8 @@ def generate(
     _filter()
     if not model:
         raise UsageError("no model", hint="-m MODEL, a model folder or a run")
-    options = _options(
+    options = _filter_options(
+        output,
         "generate",
         recipe,
         settings,

@@ -204,6 +204,12 @@ class RowFile:
     def __getitem__(self, i: int) -> Row:
         if not 0 <= i < len(self):
             raise IndexError(i)
+        try:
+            return self._row(i)
+        except (IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is damaged: row {i + 1}: {error}") from None
+
+    def _row(self, i: int) -> Row:
         start, end = self.offsets[i], self.offsets[i + 1]
         flat: dict[str, Any] = {name: self.columns[name][start:end].tolist() for name in FLAT if name in self.columns}
         length = end - start
@@ -220,10 +226,7 @@ class RowFile:
         if name not in self.columns:
             return ""
         ends = self.columns[f"{name}.offsets"]
-        try:
-            return bytes(self.columns[name][ends[i] : ends[i + 1]]).decode()
-        except UnicodeDecodeError:
-            raise CheckpointError(f"{self.path} is damaged: column {name} is not UTF-8") from None
+        return bytes(self.columns[name][ends[i] : ends[i + 1]]).decode()
 
     def _turns(self, i: int) -> list[tuple[int, int, str, int]] | None:
         if "turns" not in self.columns:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from sftcli import console
 from sftcli.cli import app
@@ -17,6 +18,9 @@ from sftcli.cli import app
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "data" / "samples"
 TEMPLATES = ("chatml", "llama3", "alpaca", "plain")
+
+settings.register_profile("same every time", derandomize=True, deadline=None)
+settings.load_profile("same every time")
 
 
 @dataclass

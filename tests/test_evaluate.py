@@ -24,7 +24,7 @@ from sftcli.model import scoring
 from sftcli.recipe import Evaluate
 from sftcli.rowfile import write_rows
 from sftcli.stages.evaluate import evaluate_completions, evaluate_rows, token_f1
-from sftcli.text.tokenizer import load_codec
+from sftcli.text.folder import load_codec
 
 
 @pytest.fixture(params=["llama", "gpt2"])

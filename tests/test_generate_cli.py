@@ -20,7 +20,7 @@ from sftcli.errors import CheckpointError, DataError, Exit, UsageError
 from sftcli.recipe import Generate, Init
 from sftcli.stages.generate import complete
 from sftcli.stages.init import init
-from sftcli.text.tokenizer import load_codec
+from sftcli.text.folder import load_codec
 
 QUESTIONS = [
     "How many rivers?",

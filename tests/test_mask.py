@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from conftest import SAMPLES, chat
 
-from sftcli.text.tokenizer import load_codec
+from sftcli.text.folder import load_codec
 
 IDS = [10, 11, 12, 13, 14, 15, 16, 17]
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import SAMPLES, chat
 
 from sftcli.artifacts import line_fields
+from sftcli.text.folder import load_codec
 from sftcli.text.records import read_record
-from sftcli.text.template import Speaker
-from sftcli.text.tokenizer import load_codec
+from sftcli.text.speaker import Speaker
 
 OTHER = line_fields(b'{"prompt": "other words"}', "x:1")
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sftcli.artifacts import line_fields
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import Conversation, read_record
-from sftcli.text.template import Speaker, Template, control_tokens, load_template
+from sftcli.text.speaker import Speaker
+from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import _pattern
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -16,9 +16,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from sftcli.artifacts import line_fields, read_objects
 from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.stages.common import codec_for, template_for
+from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file, stop_ids
 from sftcli.text.records import read_record, renamed
-from sftcli.text.template import Rendered, Speaker
-from sftcli.text.tokenizer import Codec, folder_template, load_codec, load_tokenizer_file, stop_ids, train_bpe
+from sftcli.text.speaker import Rendered, Speaker
+from sftcli.text.tokenizer import Codec
+from sftcli.text.vocabulary import train_bpe
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SHAPES = {
@@ -408,7 +410,7 @@ def test_decoding_gives_any_content_back(texts):
 
 def test_training_a_tokenizer_gives_the_same_bytes_in_every_process(base, tmp_path):
     program = (
-        "import sys; from sftcli.text.tokenizer import train_bpe;"
+        "import sys; from sftcli.text.vocabulary import train_bpe;"
         "texts = open(sys.argv[1], encoding='utf-8').read().splitlines();"
         "sys.stdout.buffer.write(train_bpe(texts, 600, ['<a>', '<b>']))"
     )

@@ -10,7 +10,7 @@ from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.stages.common import codec_for, read_lines_of, template_for
 from sftcli.text.records import Conversation, read_record, renamed
-from sftcli.text.template import Rendered, Speaker
+from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
 
 BATCH = 256

@@ -10,8 +10,10 @@ import msgspec
 from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, model_folder, name_of, open_output, read_lines
 from sftcli.console import note
 from sftcli.errors import DataError, UsageError
+from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file
+from sftcli.text.store import remember
 from sftcli.text.template import Template, load_template
-from sftcli.text.tokenizer import Codec, folder_template, load_codec, load_tokenizer_file, remember
+from sftcli.text.tokenizer import Codec
 
 SHOWN_REJECTS = 10
 

@@ -23,7 +23,7 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
     from sftcli.model.dataset import fitting_rows
     from sftcli.model.scoring import Totals, score_rows
     from sftcli.model.training import choose_engine
-    from sftcli.text.tokenizer import load_codec
+    from sftcli.text.folder import load_codec
 
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)

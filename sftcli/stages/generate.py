@@ -19,9 +19,10 @@ from sftcli.recipe import Generate
 from sftcli.rows import Extra
 from sftcli.stages.common import codec_for, read_lines_of, template_for
 from sftcli.text import pretokenized
+from sftcli.text.folder import stop_ids
 from sftcli.text.records import read_record, renamed
-from sftcli.text.template import Rendered, Speaker
-from sftcli.text.tokenizer import Codec, stop_ids
+from sftcli.text.speaker import Rendered, Speaker
+from sftcli.text.tokenizer import Codec
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
 READ_AHEAD = 256  # prompts encoded in one call of the library

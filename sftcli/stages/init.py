@@ -10,7 +10,8 @@ from sftcli.recipe import Init
 from sftcli.stages.common import read_lines_of
 from sftcli.text.records import read_record, renamed
 from sftcli.text.template import Template, control_tokens, load_template
-from sftcli.text.tokenizer import Codec, train_bpe, whitespace_tokenizer
+from sftcli.text.tokenizer import Codec
+from sftcli.text.vocabulary import train_bpe, whitespace_tokenizer
 
 NAMES = {"config.json", "tokenizer.json", "chat_template.jinja"}
 

@@ -16,8 +16,10 @@ from sftcli.rowfile import is_row_file, write_rows
 from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
 from sftcli.stages.common import Rejects, read_lines_of
 from sftcli.text import pretokenized
+from sftcli.text.folder import load_codec
 from sftcli.text.objectives import causal
-from sftcli.text.tokenizer import Codec, load_codec, recall_codec
+from sftcli.text.store import recall_codec
+from sftcli.text.tokenizer import Codec
 
 MOSTLY_LOST = 0.1  # warn when more than this share of the rows is dropped
 

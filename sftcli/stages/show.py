@@ -12,7 +12,9 @@ from sftcli.artifacts import decode_json, read_objects
 from sftcli.errors import UsageError
 from sftcli.rowfile import RowFile, is_row_file
 from sftcli.rows import Document, Row
-from sftcli.text.tokenizer import Codec, load_codec, recall_codec
+from sftcli.text.folder import load_codec
+from sftcli.text.store import recall_codec
+from sftcli.text.tokenizer import Codec
 
 Fields = dict[str, msgspec.Raw]
 METRIC_LINES = 20

@@ -16,7 +16,8 @@ from sftcli.rows import RESERVED, Document, encode_document
 from sftcli.stages.common import Rejects, codec_for, keep_for_later, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.records import Conversation, read_record, renamed
-from sftcli.text.template import Rendered, Speaker, Template
+from sftcli.text.speaker import Rendered, Speaker
+from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec, Encoded
 
 BATCH = 512  # records whose texts are encoded in one call of the library

@@ -34,8 +34,9 @@ from sftcli.stages.training_job import (
     save_checkpoint,
     start_over,
 )
+from sftcli.text.folder import folder_template, load_codec, stop_ids
+from sftcli.text.store import recall
 from sftcli.text.template import Template
-from sftcli.text.tokenizer import folder_template, load_codec, recall, stop_ids
 
 NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, RUN, artifacts.CHECKPOINTS, artifacts.BASE, artifacts.RECIPE}
 

@@ -1,28 +1,21 @@
-"""tokenizer.json: load one, train one, and encode rendered text into ids with segments."""
+"""A tokenizer.json at work: rendered text into ids with segments, content never into control tokens."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import tokenizers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tokenizers import decoders as decoders_
+from tokenizers import Tokenizer
 
-from sftcli.artifacts import fingerprint, read_bytes, read_json
-from sftcli.errors import CheckpointError, DataError, UsageError
+from sftcli.artifacts import fingerprint
+from sftcli.errors import CheckpointError, DataError
 from sftcli.rows import Segment
-from sftcli.text.template import Rendered
+from sftcli.text.speaker import Rendered
 
-W12 = ("where", "is", "the", "capital", "of", "China", "The", "Beijing")  # ids 4..11 of `--tokenizer whitespace`
-W12_CONTROLS = ("<pad>", "<bos>", "<eos>", "<sep>")
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 NEAR = 8  # characters behind a hard cut that a pre-tokenizer may look at
 MAX_LEFT_WORDS = 1024
 WINDOW = 32  # characters on each side of a hard cut that decide whether the tokenizer would merge across it
@@ -299,137 +292,3 @@ def _pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
     """Matches any of the tokens, the longest first."""
     ordered = sorted(set(tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-# ---- loading
-
-
-def load_codec(folder: Path) -> Codec:
-    """The tokenizer of a model folder. Raises CheckpointError where it has none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"model folder {folder} has no tokenizer.json", hint="copy it from the model's base")
-    return Codec(read_bytes(path), str(path), _specials(folder))
-
-
-def load_tokenizer_file(name: str) -> Codec:
-    """`--tokenizer`: `whitespace` (the twelve words of the test vectors) or a tokenizer.json."""
-    if name == "whitespace":
-        specials = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "sep_token": "<sep>"}
-        return Codec(whitespace_tokenizer(W12_CONTROLS, W12), "whitespace", specials)
-    if not Path(name).is_file():
-        raise UsageError(f"no tokenizer file {name}", hint="a tokenizer.json, or `whitespace`")
-    return Codec(read_bytes(Path(name)), name, _specials(Path(name).parent))
-
-
-def _specials(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token, ... of a folder: tokenizer_config.json, else special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            config = read_json(folder / name)
-            for key in SPECIAL_NAMES:
-                value = config.get(key)
-                if isinstance(value, dict):
-                    value = value.get("content")
-                if isinstance(value, str):
-                    found[key] = value
-    return found
-
-
-def folder_template(folder: Path) -> str | None:
-    """The chat template of a model folder: its file, else the field in tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return read_bytes(path).decode()
-        except UnicodeDecodeError:
-            raise CheckpointError(f"{path} is not UTF-8 text") from None
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    field = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(field, list):  # named templates
-        named = {item.get("name"): item.get("template") for item in field if isinstance(item, dict)}
-        field = named.get("default")
-    return field if isinstance(field, str) else None
-
-
-def stop_ids(folder: Path) -> list[int]:
-    """The stop set of a model folder: generation_config's eos (one or a list), else config.json's."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            eos = read_json(folder / name).get("eos_token_id")
-            if eos is not None:
-                return [int(i) for i in eos] if isinstance(eos, list) else [int(eos)]
-    return []
-
-
-# ---- a store of tokenizers and templates by their hash, so that later stages can name tokens
-
-
-def _store() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base, "sft")
-
-
-def remember(name: str, content: bytes) -> None:
-    """Keep a tokenizer or template under its hash, for `sft mask --show` and `sft train`. Best effort."""
-    path = _store() / name
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-    except OSError:
-        return
-
-
-def recall(name: str) -> bytes | None:
-    """What `remember` kept, or None."""
-    try:
-        return (_store() / name).read_bytes()
-    except OSError:
-        return None
-
-
-def recall_codec(tokenizer_hash: str | None) -> Codec | None:
-    """The tokenizer with this hash, if this machine has tokenised with it."""
-    data = recall(f"{tokenizer_hash}.tokenizer.json") if tokenizer_hash else None
-    return Codec(data, str(tokenizer_hash)) if data and fingerprint(data) == tokenizer_hash else None
-
-
-# ---- making
-
-
-def whitespace_tokenizer(controls: Iterable[str], words: Iterable[str]) -> bytes:
-    """One word = one token; ids by first occurrence, the control tokens before all. An unknown word is an error."""
-    controls = list(controls)
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*controls, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(_added(controls))
-    return str(tokenizer.to_str(pretty=True)).encode()
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, controls: list[str]) -> bytes:
-    """A byte-level BPE: digits one by one, GPT-2's word pattern, the control tokens first."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + len(controls):
-        raise UsageError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {len(controls)} control tokens are always there"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders_.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=_added(controls), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return str(tokenizer.to_str(pretty=True)).encode()
-
-
-def _added(controls: Iterable[str]) -> list[tokenizers.AddedToken]:
-    return [tokenizers.AddedToken(text, special=True, normalized=False) for text in controls]

@@ -1,0 +1,70 @@
+"""The text side of a model folder: its tokenizer, special tokens, chat template and stop set."""
+
+from pathlib import Path
+
+from sftcli.artifacts import read_bytes, read_json
+from sftcli.errors import CheckpointError, UsageError
+from sftcli.text.tokenizer import Codec
+from sftcli.text.vocabulary import W12, W12_CONTROLS, whitespace_tokenizer
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def load_codec(folder: Path) -> Codec:
+    """The tokenizer of a model folder. Raises CheckpointError where it has none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"model folder {folder} has no tokenizer.json", hint="copy it from the model's base")
+    return Codec(read_bytes(path), str(path), _specials(folder))
+
+
+def load_tokenizer_file(name: str) -> Codec:
+    """`--tokenizer`: `whitespace` (the twelve words of the test vectors) or a tokenizer.json."""
+    if name == "whitespace":
+        specials = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "sep_token": "<sep>"}
+        return Codec(whitespace_tokenizer(W12_CONTROLS, W12), "whitespace", specials)
+    if not Path(name).is_file():
+        raise UsageError(f"no tokenizer file {name}", hint="a tokenizer.json, or `whitespace`")
+    return Codec(read_bytes(Path(name)), name, _specials(Path(name).parent))
+
+
+def _specials(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token, ... of a folder: tokenizer_config.json, else special_tokens_map.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config = read_json(folder / name)
+            for key in SPECIAL_NAMES:
+                value = config.get(key)
+                if isinstance(value, dict):
+                    value = value.get("content")
+                if isinstance(value, str):
+                    found[key] = value
+    return found
+
+
+def folder_template(folder: Path) -> str | None:
+    """The chat template of a model folder: its file, else the field in tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return read_bytes(path).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{path} is not UTF-8 text") from None
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    field = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(field, list):  # named templates
+        named = {item.get("name"): item.get("template") for item in field if isinstance(item, dict)}
+        field = named.get("default")
+    return field if isinstance(field, str) else None
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The stop set of a model folder: generation_config's eos (one or a list), else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            eos = read_json(folder / name).get("eos_token_id")
+            if eos is not None:
+                return [int(i) for i in eos] if isinstance(eos, list) else [int(eos)]
+    return []

@@ -1,0 +1,239 @@
+"""Whose words are where: conversations -> text with segments, the model's own words marked.
+
+The model's words of a turn begin exactly where the text that `sft generate` feeds for it ends (the same conversation
+up to that turn, rendered with add_generation_prompt), and end with the end-of-turn token that stops it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sftcli.errors import DataError
+from sftcli.text.records import Conversation
+from sftcli.text.template import Template
+from sftcli.text.traced import join_traced, trace
+
+MAX_LITERALS = 1024  # sequences of roles whose literals are kept
+OWN_ROLE = "assistant"
+SCAFFOLD = "template"  # the role of text that no message holds: headers, separators
+
+TextSegment = tuple[int, int, str, bool, float]  # characters start..end, role, own, weight
+
+
+@dataclass
+class Rendered:
+    """A rendered conversation. Segments cover the text; `content`: the characters that came out of messages;
+    `cuts`: where turns of the model begin - the text is encoded apart on both sides, as it will be generated."""
+
+    text: str
+    segments: list[TextSegment]
+    content: list[tuple[int, int]]
+    cuts: list[int]
+
+
+@dataclass
+class _Turn:
+    """One turn of the model inside its own rendering: `text[:end]` is everything up to its end-of-turn token."""
+
+    message: int
+    start: int
+    text: str
+    end: int
+
+
+class Speaker:
+    """Renders conversations and finds the model's own words. `ends`: matches the tokenizer's special tokens."""
+
+    def __init__(self, template: Template, ends: re.Pattern[str] | None):
+        self.template, self.ends = template, ends
+        self.literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+
+    def documents(self, conversation: Conversation) -> list[Rendered]:
+        """The conversation as trained: one text, or one a turn where the template rewrites history."""
+        if conversation.shape == "text":
+            return [self._plain_text(conversation)]
+        own = [i for i, message in enumerate(conversation.messages) if message["role"] == OWN_ROLE]
+        whole = self._render(conversation, len(conversation.messages), False)
+        last = own[-1] if own and own[-1] == len(conversation.messages) - 1 else None
+        turns = [self._turn(conversation, i, whole if i == last else None) for i in own]
+        if all(whole.startswith(turn.text[: turn.end]) for turn in turns):
+            return [self._described(conversation, whole, len(conversation.messages), turns, turns)]
+        return [
+            self._described(conversation, turn.text, turn.message + 1, _spoken(turns, turn.text), [turn])
+            for turn in turns
+        ]
+
+    def prompt(self, conversation: Conversation) -> tuple[Rendered, str | None]:
+        """The text to feed, and the last turn of the model if the conversation ends with one (its reference)."""
+        messages, reference = conversation.messages, None
+        if conversation.shape == "text":
+            return Rendered(messages[0]["content"], [], [(0, len(messages[0]["content"]))], []), None
+        count = len(messages)
+        if messages and messages[-1]["role"] == OWN_ROLE:
+            count -= 1
+            turn = self._turn(conversation, count, None)
+            reference = messages[-1].get("content")
+            if not isinstance(reference, str) or messages[-1].get("tool_calls"):
+                reference = str.__str__(turn.text[turn.start : turn.end])
+                reference = re.sub(f"(?:{self.ends.pattern})+$", "", reference) if self.ends else reference
+        text = self._render(conversation, count, True)
+        own = [i for i in range(count) if messages[i]["role"] == OWN_ROLE]
+        turns = [self._turn(conversation, i, None) for i in own]
+        return self._described(conversation, text, count, _spoken(turns, text), []), reference
+
+    def _plain_text(self, conversation: Conversation) -> Rendered:
+        """The `text` shape goes past the template: everything is trained, and it ends with the end token."""
+        text = conversation.messages[0]["content"]
+        whole = text + self.template.specials.get("eos_token", "")
+        return Rendered(whole, [(0, len(whole), "text", True, conversation.weights[0])], [(0, len(text))], [])
+
+    def _render(self, conversation: Conversation, count: int, open_turn: bool, traced: bool = True) -> str:
+        messages, tools = conversation.messages[:count], conversation.tools
+        try:
+            if self._writes_as_it_is(messages, tools):
+                return self._filled(messages, open_turn)
+            if traced:
+                messages = [
+                    {key: value if key == "role" else trace(value, i) for key, value in message.items()}
+                    for i, message in enumerate(messages)
+                ]
+                tools = trace(tools, -1)
+            return self.template.render(messages, tools, open_turn)
+        except DataError as error:
+            if count > 1:  # name the first message that the template cannot take
+                for shorter in range(1, count):
+                    try:
+                        self.template.render(messages[:shorter], conversation.tools, False)
+                    except DataError:
+                        count = shorter
+                        break
+            raise DataError(error.reason, None, conversation.path(max(count - 1, 0))) from None
+
+    def _writes_as_it_is(self, messages: list[dict[str, Any]], tools: Any) -> bool:
+        """Whether the template says that it writes such messages verbatim: then it need not run for each of them."""
+        return bool(self.template.header.get("verbatim") and not tools) and all(
+            len(message) == 2 and isinstance(message.get("content"), str) for message in messages
+        )
+
+    def _filled(self, messages: list[dict[str, Any]], open_turn: bool) -> str:
+        """Contents put between the literals of this sequence of roles."""
+        literals = self._literals(tuple(message["role"] for message in messages), open_turn)
+        pieces = [literals[0]]
+        for i, message in enumerate(messages):
+            pieces += (trace(message["content"], i), literals[i + 1])
+        return join_traced(pieces)
+
+    def _literals(self, roles: tuple[str, ...], open_turn: bool) -> list[str]:
+        """What the template writes before, between and after the contents of messages with these roles."""
+        key = (roles, open_turn)
+        if key not in self.literals:
+            marks = [f"\0{i}\0" for i in range(len(roles))]
+            messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            text = self.template.render(messages, None, open_turn)
+            found = []
+            for mark in marks:
+                literal, _, text = text.partition(mark)
+                found.append(literal)
+            if len(self.literals) >= MAX_LITERALS:
+                self.literals.clear()
+            self.literals[key] = [*found, text]
+        return self.literals[key]
+
+    def _turn(self, conversation: Conversation, i: int, whole: str | None) -> _Turn:
+        """Where the words of message i begin and end, in the conversation rendered up to and including it."""
+        prompt = self._render(conversation, i, True, traced=False)
+        text = whole if whole is not None else self._render(conversation, i + 1, False)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"template {self.template.name}: what it writes to open the model's turn is not how it writes the turn",
+                None,
+                conversation.path(i),
+                hint="the turn lacks something the template opens with (reasoning, for example), or use --template",
+            )
+        start = len(prompt)
+        said = max(
+            (end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start
+        )
+        return _Turn(i, start, text, self._turn_end(text, max(said, start)))
+
+    def _turn_end(self, text: str, said: int) -> int:
+        """After the first special token behind the words; without one, the end of the text."""
+        found = self.ends.search(text, said) if self.ends else None
+        return found.end() if found else len(text)
+
+    def _described(
+        self, conversation: Conversation, text: str, count: int, cuts: list[_Turn], own: list[_Turn]
+    ) -> Rendered:
+        """Segments of the text of the first `count` messages. `cuts`: turns that stand in it as spoken; `own`: those
+        that it trains."""
+        spans = list(getattr(text, "spans", ()))
+        self._refuse_lost_messages(conversation, text, count, {message for _, _, message in spans})
+        pieces = [
+            (a, b, conversation.messages[m]["role"] if m >= 0 else SCAFFOLD, conversation.weights[m] if m >= 0 else 1.0)
+            for a, b, m in spans
+        ]
+        mine = [(t.start, t.end, conversation.weights[t.message], t in own) for t in cuts]
+        content = [(a, b) for a, b, _ in spans]
+        return Rendered(str.__str__(text), _segments(len(text), pieces, mine), content, [turn.start for turn in cuts])
+
+    def _refuse_lost_messages(self, conversation: Conversation, text: str, count: int, shown: set[int]) -> None:
+        """A template that leaves a message out trains on half a conversation; one that writes it in a way that is not
+        followed lets its control strings through."""
+        for i, message in enumerate(conversation.messages[:count]):
+            content = message.get("content")
+            words = content.strip() if isinstance(content, str) else ""
+            if any(name not in text for name in _called(message)):
+                reason = "has no place for tool calls"
+            elif i in shown or not words:
+                continue
+            elif words not in text:
+                reason = f"has no place for role {message['role']!r}"
+            elif self.ends and self.ends.search(words):
+                reason = "hides which words are the message's, and it has control tokens in them"
+            else:
+                continue
+            raise DataError(f"template {self.template.name} {reason}", None, conversation.path(i))
+
+
+def _called(message: Mapping[str, Any]) -> list[str]:
+    """Names of the functions that a message calls."""
+    functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return [function["name"] for function in functions if isinstance(function.get("name"), str)]
+
+
+def _spoken(turns: list[_Turn], text: str) -> list[_Turn]:
+    """The turns that stand in a text as they were spoken."""
+    return [turn for turn in turns if text.startswith(turn.text[: turn.end])]
+
+
+def _segments(
+    length: int, pieces: list[tuple[int, int, str, float]], mine: list[tuple[int, int, float, bool]]
+) -> list[TextSegment]:
+    """Cover 0..length: the model's turns first, then message content, the rest is scaffold."""
+    found: list[TextSegment] = []
+
+    def add(start: int, end: int, role: str, own: bool, weight: float) -> None:
+        if start >= end:
+            return
+        if found and found[-1][2:] == (role, own, weight) and not own:
+            found[-1] = (found[-1][0], end, role, own, weight)
+        else:
+            found.append((start, end, role, own, weight))
+
+    def add_others(start: int, end: int) -> None:
+        at = start
+        for a, b, role, weight in pieces:
+            if b > start and a < end:
+                add(at, max(a, start), SCAFFOLD, False, 1.0)
+                add(max(a, start), min(b, end), role, False, weight)
+                at = min(b, end)
+        add(at, end, SCAFFOLD, False, 1.0)
+
+    at = 0
+    for start, end, weight, own in mine:
+        add_others(at, start)
+        add(start, end, OWN_ROLE, own, weight)
+        at = end
+    add_others(at, length)
+    return found

@@ -1,0 +1,39 @@
+"""Tokenizers and templates kept by their hash, so that a later stage can name tokens and save the template."""
+
+import os
+from pathlib import Path
+
+from sftcli.artifacts import fingerprint
+from sftcli.text.tokenizer import Codec
+
+
+def _store() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base, "sft")
+
+
+def remember(name: str, content: bytes) -> None:
+    """Keep a tokenizer or template under its hash, for `sft mask --show` and `sft train`. Best effort."""
+    path = _store() / name
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+    except OSError:
+        return
+
+
+def recall(name: str) -> bytes | None:
+    """What `remember` kept, or None."""
+    try:
+        return (_store() / name).read_bytes()
+    except OSError:
+        return None
+
+
+def recall_codec(tokenizer_hash: str | None) -> Codec | None:
+    """The tokenizer with this hash, if this machine has tokenised with it."""
+    data = recall(f"{tokenizer_hash}.tokenizer.json") if tokenizer_hash else None
+    return Codec(data, str(tokenizer_hash)) if data and fingerprint(data) == tokenizer_hash else None
