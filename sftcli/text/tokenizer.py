@@ -86,15 +86,42 @@ class Codec:
 
     def encode(self, texts: list[Rendered]) -> list[Encoded]:
         """Ids and token segments of rendered texts. A hard cut lies where the model's own words begin."""
-        stretches = [(text, start, end) for text in texts for start, end in _between_cuts(text)]
+        parts = [self._stretches(text) for text in texts]
+        stretches = [(text, start, end) for text, spans in zip(texts, parts, strict=True) for start, end in spans]
         encodings = iter(self._encode_stretches(stretches))
-        return [self._assemble(text, encodings) for text in texts]
+        return [self._assemble(text, spans, encodings) for text, spans in zip(texts, parts, strict=True)]
 
-    def _assemble(self, text: Rendered, encodings: Iterator[tuple[list[int], "_Bounds"]]) -> Encoded:
+    def _stretches(self, text: Rendered) -> list[tuple[int, int]]:
+        """What is encoded apart: the text between hard cuts, but for cuts that the tokenizer makes by itself."""
+        cuts = [0, *(cut for cut in text.cuts if not self._cuts_itself(text, cut)), len(text.text)]
+        return [(a, b) for a, b in pairwise(cuts) if a < b]
+
+    def _cuts_itself(self, text: Rendered, cut: int) -> bool:
+        """Whether ids of the whole text are those of its two sides here: then one encoding serves for both."""
+        if self.words is None or self._strips or self._writes_a_space_first:
+            return False
+        left = self._left_of(text, cut)
+        return not left or not self._may_merge(left, text.text[cut : cut + NEAR])
+
+    @cached_property
+    def _strips(self) -> bool:
+        """Whether an added token swallows spaces beside it, and so reaches across a cut."""
+        return any(token.get("lstrip") or token.get("rstrip") for token in self.json.get("added_tokens") or ())
+
+    def _left_of(self, text: Rendered, cut: int) -> str:
+        """The text before a cut, back to the last control token or WINDOW characters."""
+        left = text.text[max(0, cut - WINDOW) : cut]
+        if self.control and (last := list(self.control.finditer(left))):
+            left = left[last[-1].end() :]
+        return left
+
+    def _assemble(
+        self, text: Rendered, spans: list[tuple[int, int]], encodings: Iterator[tuple[list[int], "_Bounds"]]
+    ) -> Encoded:
         ids: list[int] = []
         segments: list[Segment] = []
         remaining = iter(text.segments)
-        for start, end in _between_cuts(text):
+        for start, end in spans:
             piece, bounds = next(encodings)
             base = len(ids)
             ids += piece
@@ -163,9 +190,7 @@ class Codec:
             return found
         for number, (text, start, end) in enumerate(stretches):
             if start > 0:
-                left = text.text[max(0, start - WINDOW) : start]
-                if self.control and (last := list(self.control.finditer(left))):
-                    left = left[last[-1].end() :]
+                left = self._left_of(text, start)
                 right = text.text[start : min(end, start + WINDOW)]
                 if left and self._may_merge(left, right[:NEAR]):
                     found.append((number, left + right, len(left)))
@@ -272,12 +297,6 @@ def _merged(joint: Any, cut: int, length: int, before: list[int], after: list[in
     at = _Bounds([(0, 0, joint)], length, len(joint.ids)).token_at(cut)
     beside = joint.ids[max(at - 1, 0) : at + 1]
     return bool(beside != before[-1:] + after[:1])
-
-
-def _between_cuts(text: Rendered) -> list[tuple[int, int]]:
-    """The stretches of a text between hard cuts, empty ones left out."""
-    cuts = [0, *text.cuts, len(text.text)]
-    return [(a, b) for a, b in pairwise(cuts) if a < b]
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:
