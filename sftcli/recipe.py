@@ -12,7 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sftcli.errors import UsageError
 
 MAX_RECIPE_BYTES = 1 << 20
-MAX_RECIPE_DEPTH = 64
 
 
 class Options(BaseModel):

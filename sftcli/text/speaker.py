@@ -57,7 +57,7 @@ class Speaker:
         whole = self._render(conversation, len(conversation.messages), False)
         last = own[-1] if own and own[-1] == len(conversation.messages) - 1 else None
         turns = [self._turn(conversation, i, whole if i == last else None) for i in own]
-        if all(whole.startswith(turn.text[: turn.end]) for turn in turns):
+        if len(_spoken(turns, whole)) == len(turns):
             return [self._described(conversation, whole, len(conversation.messages), turns, turns)]
         return [
             self._described(conversation, turn.text, turn.message + 1, _spoken(turns, turn.text), [turn])
@@ -155,7 +155,7 @@ class Speaker:
         said = max(
             (end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start
         )
-        return _Turn(i, start, text, self._turn_end(text, max(said, start)))
+        return _Turn(i, start, text, self._turn_end(text, said))
 
     def _turn_end(self, text: str, said: int) -> int:
         """After the first special token behind the words; without one, the end of the text."""
