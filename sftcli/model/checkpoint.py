@@ -165,7 +165,7 @@ def _fill(stored: Stored, tensor: Tensor, parameters: dict[str, nn.Parameter]) -
     if tuple(value.shape) != expected:
         told = expected[::-1] if stored.transposed else expected
         raise CheckpointError(f"tensor {stored.name} has shape {list(tensor.shape)}, config.json says {list(told)}")
-    for target, part in zip(targets, value.split([len(p) for p in targets]), strict=True):
+    for target, part in zip(targets, stored.split(value, [len(p) for p in targets]), strict=True):
         target.copy_(part)
 
 
@@ -174,8 +174,7 @@ def upstream_tensors(model: GPT, family: Family) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for stored in family.tensors(model.config):
-        parts = [parameters[name].detach() for name in stored.ours]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        value = stored.join([parameters[name].detach() for name in stored.ours])
         found[stored.name] = (value.T if stored.transposed else value).contiguous().cpu()
     return found
 

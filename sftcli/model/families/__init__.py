@@ -1,8 +1,12 @@
 """One file a Hugging Face family: its config keys and tensor names onto the GPT, and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from sftcli.errors import CheckpointError
 from sftcli.model.gpt import GPTConfig
@@ -12,11 +16,28 @@ FAMILIES = ("gpt2", "llama")  # a name here is a file beside this one and a mode
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the family's files: ours, concatenated along the outputs, transposed where stored as [in, out]."""
+    """A tensor of the family's files: ours, joined along the outputs, transposed where stored as [in, out].
+
+    `heads` > 0: the parts alternate head by head (GPT-NeoX: rows [q; k; v] of head 0, then of head 1, ...).
+    """
 
     name: str
     ours: tuple[str, ...]
     transposed: bool = False
+    heads: int = 0
+
+    def split(self, value: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        """A fused (sum(rows), ...) tensor -> its parts of `rows` rows each, in the order of `ours`."""
+        if not self.heads:
+            return list(value.split(list(rows)))
+        per_head = value.unflatten(0, (self.heads, len(rows), -1))  # (H, parts, D, ...)
+        return [part.flatten(0, 1) for part in per_head.unbind(1)]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Parts (rows, ...) -> the fused tensor; the inverse of `split`."""
+        if not self.heads:
+            return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], 1).flatten(0, 2)
 
 
 class Family(Protocol):
