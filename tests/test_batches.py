@@ -60,7 +60,7 @@ def test_batch_is_the_hand_written_table():
     assert batch.targets.tolist() == [8, 5, 6]
     assert batch.weights.tolist() == [1, 1, 1]
     assert batch.scored_per_row == [1, 2]
-    assert [(g.rows, g.length, g.seen) for g in batch.attention.groups] == [(1, 2, None), (1, 3, None)]
+    assert [(g.rows, g.length, g.order) for g in batch.attention.groups] == [(1, 2, None), (1, 3, None)]
 
 
 def test_positions_of_a_row_go_before_the_default():
@@ -70,7 +70,7 @@ def test_positions_of_a_row_go_before_the_default():
 
 def test_rows_with_an_order_of_their_own_see_by_the_general_rule():
     (group,) = groups_of([make_row([1, 2, 3]), make_row([1, 2, 3], order=[0, 0, 1])])
-    assert group.seen[:, 0].int().tolist() == [
+    assert group.seen(None, torch.device("cpu"))[:, 0].int().tolist() == [
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
         [[1, 1, 0], [1, 1, 0], [1, 1, 1]],
     ]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import PRESETS, VOCABULARY, make_model, model_folder, model_of, random_ids, row_logits
 
-from sftcli.model.attention import attend
+from sftcli.model.attention import Sight, attend
 from sftcli.model.decoding import Completion, Prompt, Table, generate, in_order, padded, positions_of, prefill
 from sftcli.model.sampling import filtered, gumbel_noise, repetition_penalised, stream
 from sftcli.recipe import Generate
@@ -159,7 +159,7 @@ def test_every_row_keeps_its_own_keys_in_order_while_others_come_and_go(side, sc
                     row.append(counter)
                 new = torch.tensor([row[-1] for row in rows])[:, None, None]
                 for layer, scale in enumerate((1, 10)):
-                    table(layer, torch.zeros(len(rows), 1, 1), new * scale, -new * scale)
+                    table(Sight(layer, 1.0), torch.zeros(len(rows), 1, 1), new * scale, -new * scale)
         assert len(table) == len(rows)
         if rows and (side == "left" or move == "add"):  # left: every row ends at the last column
             assert bool(table.mask[-1, 0] if side == "right" else table.mask[:, table.width - 1].all())
@@ -217,8 +217,8 @@ def naive_generate(model, prompts, side, see_pads=False, raw_positions=False, la
         seen = causal.expand_as(seen) if see_pads else seen
         positions = torch.arange(width).expand_as(ids) if raw_positions else positions_of(mask)
 
-        def attention(layer, q, k, v, seen=seen):
-            return attend(*(t.transpose(1, 2) for t in (q, k, v)), seen[:, None]).transpose(1, 2)
+        def attention(sight, q, k, v, seen=seen):
+            return attend(*(t.transpose(1, 2) for t in (q, k, v)), seen[:, None], sight).transpose(1, 2)
 
         with torch.no_grad():
             logits = model.eval().logits(model.hidden(ids, positions, attention))

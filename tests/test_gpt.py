@@ -22,7 +22,7 @@ from model_fixtures import (
 )
 
 from sftcli.errors import CheckpointError, Exit
-from sftcli.model.attention import PAD, Group, RowAttention, Tokens, attend, visible
+from sftcli.model.attention import PAD, Group, RowAttention, Sight, Tokens, attend, visible
 from sftcli.model.batches import groups_of, make_batch
 from sftcli.model.checkpoint import INDEX, WEIGHTS, load_model, open_folder, save_model
 from sftcli.model.memory import estimate
@@ -31,6 +31,7 @@ from sftcli.recipe import Init, Train
 from sftcli.stages.init import parameters
 
 IDS = random_ids(23, 7)
+SIGHT = Sight(layer=0, scale=8**-0.5)  # of heads of width 8
 
 
 @pytest.fixture(params=PRESETS)
@@ -316,14 +317,14 @@ def test_row_attention_equals_the_visibility_rule(order):
     batch = make_batch(rows)
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(15, heads, 8, generator=generator) for heads in (4, 2, 2))
-    found = batch.attention(0, q, k, v)
+    found = batch.attention(SIGHT, q, k, v)
     for row, start in zip(batch.rows, (0, 3, 9), strict=True):
         part = slice(start, start + len(row.input_ids))
         index = torch.arange(len(row.input_ids))
         tokens = Tokens(torch.zeros_like(index), torch.tensor(row.order or index.tolist()), index)
         expected = naive_attention(q[part], k[part], v[part], visible(tokens, tokens))
         torch.testing.assert_close(found[part], expected, atol=1e-6, rtol=1e-5)
-    plain = RowAttention([Group(1, 3), Group(2, 6)])(0, q, k, v)
+    plain = RowAttention([Group(1, 3), Group(2, 6)])(SIGHT, q, k, v)
     assert torch.allclose(plain, found, atol=1e-6) == (order in (None, [0, 1, 2, 3, 4, 5]))
 
 
@@ -331,10 +332,30 @@ def test_fast_kernel_equals_the_general_rule_for_causal_rows():
     rows = make_rows([7, 7, 3])
     general = [make_row(row.input_ids, id=row.id, order=list(range(len(row.input_ids)))) for row in rows]
     fast, slow = (groups_of(sorted(these, key=lambda row: len(row.input_ids))) for these in (rows, general))
-    assert [group.seen is None for group in fast] == [True, True]
-    assert [group.seen is None for group in slow] == [False, False]
+    assert [group.seen(None, torch.device("cpu")) is None for group in fast] == [True, True]
+    assert [group.seen(None, torch.device("cpu")) is None for group in slow] == [False, False]
     q, k, v = (torch.randn(17, heads, 8, generator=torch.Generator().manual_seed(3)) for heads in (4, 2, 2))
-    torch.testing.assert_close(RowAttention(fast)(0, q, k, v), RowAttention(slow)(0, q, k, v), atol=1e-6, rtol=1e-5)
+    found, expected = (RowAttention(groups)(SIGHT, q, k, v) for groups in (fast, slow))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 7, 8])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_windows_and_caps_equal_attention_written_out(window, cap):
+    rows = [make_row(range(7)), make_row(range(7), order=[0, 0, 0, 3, 4, 5, 6]), make_row(range(3))]
+    batch = make_batch(rows)
+    q, k, v = (torch.randn(17, heads, 8, generator=torch.Generator().manual_seed(4)) for heads in (4, 2, 2))
+    found = batch.attention(Sight(0, 0.5, window, cap), q, k, v)
+    for row, start in zip(batch.rows, (0, 3, 10), strict=True):
+        part = slice(start, start + len(row.input_ids))
+        for i in range(len(row.input_ids)):
+            order = row.order or list(range(len(row.input_ids)))
+            keys = [j for j in range(len(row.input_ids)) if order[j] <= order[i] and i - j < window]
+            for head in range(4):
+                scores = k[part][keys, head // 2] @ q[part][i, head] * 0.5
+                scores = scores if cap is None else cap * torch.tanh(scores / cap)
+                expected = scores.softmax(0) @ v[part][keys, head // 2]
+                torch.testing.assert_close(found[part][i, head], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_visible_is_the_tables_written_by_hand():
@@ -355,7 +376,7 @@ def test_pads_see_each_other_so_that_nothing_becomes_nan():
     index = torch.arange(4)
     tokens = Tokens(torch.tensor([[PAD, PAD, 0, 0]]), index[None], index[None])
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
-    assert bool(attend(q, k, v, visible(tokens, tokens)[:, None]).isfinite().all())
+    assert bool(attend(q, k, v, visible(tokens, tokens)[:, None], SIGHT).isfinite().all())
 
 
 def test_model_with_an_order_of_its_own_differs_from_the_causal_one(model):
@@ -396,18 +417,18 @@ def test_unknown_family_is_refused_by_name(folder):
     refused(folder, "model_type 'mamba' is not supported")
 
 
-def test_scaled_rope_is_refused_by_name(tmp_path):
+def test_unknown_rope_scaling_is_refused_by_name(tmp_path):
     folder = model_folder(tmp_path / "m", "llama")
-    change_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4})
-    refused(folder, "RoPE scaling 'yarn'")
-    change_config(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2})
-    refused(folder, "RoPE scaling 'linear'")
+    change_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4, "factor": 4})
+    refused(folder, "RoPE scaling 'spiral'")
+    change_config(folder, rope_parameters=None, rope_scaling={"type": "mrope", "factor": 2})
+    refused(folder, "RoPE scaling 'mrope'")
 
 
 def test_switches_that_the_model_lacks_are_refused_by_name(tmp_path):
     llama, gpt2 = model_folder(tmp_path / "llama", "llama"), model_folder(tmp_path / "gpt2", "gpt2")
-    change_config(llama, hidden_act="gelu")
-    refused(llama, "hidden_act", "gelu")
+    change_config(llama, hidden_act="mish")
+    refused(llama, "hidden_act", "mish")
     change_config(gpt2, scale_attn_by_inverse_layer_idx=True)
     refused(gpt2, "scale_attn_by_inverse_layer_idx")
 
@@ -514,4 +535,4 @@ def test_parameters_are_counted_before_the_model_exists(preset, tied, mlp, tmp_p
     made = open_folder(empty_folder(tmp_path / "m", preset, **config))
     count = sum(p.numel() for p in load_model(made).parameters())
     assert parameters(options, VOCABULARY) == count
-    assert estimate(made.config, Train(), 24)["parameters"] == count
+    assert estimate(made.config, Train(), 24, made.family)["parameters"] == count

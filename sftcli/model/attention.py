@@ -41,31 +41,65 @@ def visible(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
     return seen
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Sight:
+    """How one layer looks: its number, the scale of its scores, its window (None: all), a soft cap on scores."""
+
+    layer: int
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, sight: Sight) -> Tensor:
     """Softmax attention. q (B, H, Q, D); k, v (B, G, K, D), G key heads shared by H/G query heads each.
 
     `seen` (B, 1, Q, K) or broadcastable; None means plain causal over Q = K.
     """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if sight.cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=sight.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    if seen is None:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = sight.cap * torch.tanh((q @ k.transpose(-1, -2)).float() * (sight.scale / sight.cap))  # no fast kernel
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 class Attention(Protocol):
     """How the tokens of one forward see each other: called once a layer."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def lengths(self) -> Tensor:
+        """The length (...) of each token's row, which some rotary positions depend on."""
+        ...
+
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (..., H, D), k and v (..., G, D) -> (..., H, D)."""
         ...
 
 
-@dataclass
 class Group:
-    """Consecutive rows of one length; `seen` (rows, 1, length, length) where they are not plain causal."""
+    """Consecutive rows of one length; `order` (rows, length) where they are not plain causal."""
 
-    rows: int
-    length: int
-    seen: Tensor | None = None
+    def __init__(self, rows: int, length: int, order: Tensor | None = None):
+        self.rows, self.length, self.order = rows, length, order
+        self._seen: dict[int | None, Tensor] = {}
+
+    def seen(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Who sees whom (rows or 1, 1, length, length); None: plain causal."""
+        if window is not None and window >= self.length:
+            window = None
+        if self.order is None and window is None:
+            return None
+        if window not in self._seen:
+            index = torch.arange(self.length, device=device)[None]  # (1, length)
+            order = index if self.order is None else self.order
+            tokens = Tokens(torch.zeros_like(index), order, index)
+            self._seen[window] = visible(tokens, tokens, window)[:, None]
+        return self._seen[window]
 
 
 class RowAttention:
@@ -78,11 +112,16 @@ class RowAttention:
         self.groups = groups
         self.sizes = [group.rows * group.length for group in groups]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pieces = zip(self.groups, q.split(self.sizes), k.split(self.sizes), v.split(self.sizes), strict=True)
-        return torch.cat([self._group(*piece) for piece in pieces])
+    @property
+    def lengths(self) -> Tensor:
+        return torch.repeat_interleave(torch.tensor([g.length for g in self.groups]), torch.tensor(self.sizes))
 
-    def _group(self, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = zip(self.groups, q.split(self.sizes), k.split(self.sizes), v.split(self.sizes), strict=True)
+        return torch.cat([self._group(sight, *piece) for piece in pieces])
+
+    def _group(self, sight: Sight, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = (group.rows, group.length)
         q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))  # (rows, heads, length, D)
-        return attend(q, k, v, group.seen).transpose(1, 2).flatten(0, 1)  # (tokens, H, D)
+        seen = group.seen(sight.window, q.device)
+        return attend(q, k, v, seen, sight).transpose(1, 2).flatten(0, 1)  # (tokens, H, D)

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sftcli.model.attention import Group, RowAttention, Tokens, visible
+from sftcli.model.attention import Group, RowAttention
 from sftcli.recipe import Train
 from sftcli.rows import IGNORE, Row
 
@@ -38,7 +38,7 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         for group in self.attention.groups:
-            group.seen = None if group.seen is None else move(group.seen)
+            group.order = None if group.order is None else move(group.order)
         self.ids, self.positions, self.scored = move(self.ids), move(self.positions), move(self.scored)
         self.targets, self.weights = move(self.targets), move(self.weights)
         return self
@@ -94,13 +94,10 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     groups = []
     for length, same in groupby(rows, key=lambda row: len(row.input_ids)):
         members = list(same)
-        seen = None
+        order = None
         if any(row.order is not None for row in members):
-            index = torch.arange(length).expand(len(members), length)
             order = torch.stack([torch.tensor(row.order or range(length)) for row in members])
-            tokens = Tokens(torch.zeros_like(index), order, index)
-            seen = visible(tokens, tokens)[:, None]  # (rows, 1, length, length)
-        groups.append(Group(len(members), length, seen))
+        groups.append(Group(len(members), length, order))
     return groups
 
 

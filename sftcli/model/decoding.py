@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftcli.model.attention import RowAttention, attend
-from sftcli.model.batches import Group
+from sftcli.model.attention import Group, RowAttention, Sight, attend
 from sftcli.model.gpt import GPT
 from sftcli.model.sampling import choose, repetition_penalised, stream
 from sftcli.recipe import Generate
@@ -30,6 +29,14 @@ class Prompt:
     ids: list[int]
     key: str
     sample: int = 0
+
+
+@dataclass
+class Token:
+    """The next token of the prompt with this number."""
+
+    number: int
+    id: int
 
 
 @dataclass
@@ -86,6 +93,7 @@ class Table:
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=model.device)
         self.keys = [torch.zeros(shape, device=model.device) for _ in range(config.layers)]
         self.values = [torch.zeros(shape, device=model.device) for _ in range(config.layers)]
+        self._seen: dict[int | None, Tensor] = {}  # by window, of the newest column
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -134,18 +142,31 @@ class Table:
             self.values = [F.pad(v, (0, 0, 0, SPARE_COLUMNS)) for v in self.values]
         self.mask[:, self.width] = True
         self.width += 1
-        return positions_of(self.mask[:, : self.width])[:, -1]
+        self._seen.clear()
+        return self.lengths - 1
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the newest column: q (B, H, D), k and v (B, G, D) -> (B, H, D).
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens (B,) of each row so far, the newest included."""
+        return self.mask[:, : self.width].sum(1)
 
-        Every real column of the row is seen (its order is at most the query's); pads are another row.
-        """
-        self.keys[layer][:, :, self.width - 1] = k
-        self.values[layer][:, :, self.width - 1] = v
-        keys, values = self.keys[layer][:, :, : self.width], self.values[layer][:, :, : self.width]
-        seen = self.mask[:, None, None, : self.width]
-        return attend(q[:, :, None], keys, values, seen)[:, :, 0]
+    def seen(self, window: int | None) -> Tensor:
+        """What the newest column sees: (B, 1, 1, K). Every real column of its row, within the window; no pads."""
+        if window not in self._seen:
+            mask = self.mask[:, : self.width]
+            if window is not None:
+                index = positions_of(mask)  # of every column in its row
+                mask = mask & (index[:, -1:] - index < window)
+            self._seen[window] = mask[:, None, None]
+        return self._seen[window]
+
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the newest column: q (B, H, D), k and v (B, G, D) -> (B, H, D)."""
+        keys, values = self.keys[sight.layer], self.values[sight.layer]
+        keys[:, :, self.width - 1] = k
+        values[:, :, self.width - 1] = v
+        keys, values = keys[:, :, : self.width], values[:, :, : self.width]
+        return attend(q[:, :, None], keys, values, self.seen(sight.window), sight)[:, :, 0]
 
 
 class _Prefill(RowAttention):
@@ -156,10 +177,10 @@ class _Prefill(RowAttention):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.keys.append(k)
         self.values.append(v)
-        return super().__call__(layer, q, k, v)
+        return super().__call__(sight, q, k, v)
 
 
 def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -174,7 +195,6 @@ def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]]) -> Tenso
     return model.logits(hidden[ends])
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     prompts: Iterable[Prompt],
@@ -182,7 +202,21 @@ def generate(
     stops: Sequence[int],
     text_stops: "TextStops | None" = None,
 ) -> Iterator[Completion]:
-    """Complete prompts; yields each as it finishes, in any order, numbered by its place in `prompts`.
+    """Complete prompts; yields each as it finishes, in any order, numbered by its place in `prompts`."""
+    for event in decode(model, prompts, options, stops, text_stops):
+        if isinstance(event, Completion):
+            yield event
+
+
+@torch.no_grad()
+def decode(
+    model: GPT,
+    prompts: Iterable[Prompt],
+    options: Generate,
+    stops: Sequence[int],
+    text_stops: "TextStops | None" = None,
+) -> Iterator[Token | Completion]:
+    """Complete prompts, token by token; the Completion of a prompt comes after its last Token.
 
     Rows of the batch that finish leave it and waiting rows enter. A row ends at a stop id or a stop text, after
     max_new_tokens, or when the model's context is full. With `deterministic` rows are decoded one after the other: the
@@ -209,6 +243,8 @@ def generate(
         staying = []
         for i, (slot, token) in enumerate(zip(slots, chosen, strict=True)):
             finished = _advance(slot, token, stops, text_stops, model.config.context)
+            if token not in stops:  # it is part of the row
+                yield Token(slot.number, token)
             if finished:
                 yield finished
             else:

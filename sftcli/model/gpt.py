@@ -1,6 +1,6 @@
 """The one model: a decoder-only GPT.
 
-    x -> norm -> attention -> + x -> norm -> MLP -> + x
+    x -> [norm] -> attention -> [norm] -> + x -> [norm] -> MLP -> [norm] -> + x
 
 Shapes: T tokens laid end to end (or B, Q in decoding), C width, H heads, G key heads, D head width, V vocabulary.
 How tokens see each other is not decided here: forward takes an `Attention` (attention.py).
@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sftcli.model.attention import Attention
+from sftcli.model.attention import Attention, Sight
 from sftcli.model.batches import Batch
-from sftcli.model.loss import LossSum, projected_loss
+from sftcli.model.loss import LossSum, projected_loss, scaled_and_capped
+from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
 }
 
 
@@ -39,64 +41,88 @@ class GPTConfig:
     kv_heads: int
     head_dim: int
     mlp_width: int
-    norm: Literal["rms", "layer"]
+
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_bare"]  # plus one: x / rms(x) * (1 + w); bare: no parameters
     norm_eps: float
-    positions: Literal["rope", "learned"]
-    rope_theta: float
-    gated: bool  # MLP with a gate (SwiGLU) instead of two plain layers
-    activation: str
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    tied: bool
+    placement: Literal["pre", "post", "sandwich"] = "pre"  # norms before attention and MLP, after them, or both
+    residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"  # shared: one norm for both branches
+
+    gated: bool = True  # MLP with a gate (SwiGLU) instead of two plain layers
+    activation: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    tied: bool = False
+
+    learned_positions: bool = False
+    ropes: tuple[Rope | None, ...] = ()  # a layer each; None: no rotation
+    windows: tuple[int | None, ...] = ()  # a layer each; None: sees all. Empty: no layer has one
+    qk_norm: Literal["head", "width"] | None = None  # of each head, or of all together before they are split
+    qkv_clip: float | None = None
+    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None
+
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+
+    def rope(self, layer: int) -> Rope | None:
+        return self.ropes[layer] if self.ropes else None
+
+    def sight(self, layer: int) -> Sight:
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return Sight(layer, scale, self.windows[layer] if self.windows else None, self.attention_cap)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32."""
+    """x / rms(x) * (offset + weight)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight + self.offset if self.offset else self.weight
+        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
 
 
-def norm_of(config: GPTConfig) -> nn.Module:
-    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.width, eps=config.norm_eps)
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., 1, D) in float32 of each position, for the half-split pairs (i, i + D/2)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[..., None, None].float() * frequency
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (..., heads, D) by the angles of a rotary table."""
-    cos, sin = (t.to(x.dtype) for t in table)
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+def norm_of(config: GPTConfig, width: int) -> nn.Module:
+    if config.norm in ("rms", "rms_plus_one"):
+        return RMSNorm(width, config.norm_eps, offset=float(config.norm == "rms_plus_one"))
+    return nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=config.norm == "layer")
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.o = nn.Linear(config.heads * config.head_dim, config.width, bias=config.output_bias)
+        self.sight, self.head_dim = config.sight(layer), config.head_dim
+        self.clip, self.norms_heads = config.qkv_clip, config.qk_norm == "head"
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q = nn.Linear(config.width, queries, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, keys, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, keys, bias=config.qkv_bias)
+        self.o = nn.Linear(queries, config.width, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = norm_of(config, config.head_dim if self.norms_heads else queries)
+            self.k_norm = norm_of(config, config.head_dim if self.norms_heads else keys)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))  # (..., H or G, D)
+    def forward(self, x: Tensor, rotary: RotaryTable | None, attention: Attention) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        if not self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (..., H or G, D)
+        if self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return self.o(attention(self.layer, q, k, v).flatten(-2))
+        return self.o(attention(self.sight, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -114,15 +140,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, one after the other or side by side, each adding to the residual stream."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attention_norm, self.attention = norm_of(config), SelfAttention(config, layer)
-        self.mlp_norm, self.mlp = norm_of(config), MLP(config)
+
+        def norm(used: bool) -> nn.Module:
+            return norm_of(config, config.width) if used else nn.Identity()
+
+        before, after = config.placement != "post", config.placement != "pre"
+        self.parallel, self.shared = config.residual != "sequential", config.residual == "parallel_shared"
+        self.scale = config.residual_scale
+        self.attention_norm, self.attention = norm(before), SelfAttention(config, layer)
+        self.attention_post_norm = norm(after)
+        self.mlp_norm, self.mlp = norm(before and not self.shared), MLP(config)
+        self.mlp_post_norm = norm(after)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: Attention) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, attention))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor, rotary: RotaryTable | None, attention: Attention) -> Tensor:
+        seen = self.attention_norm(x)
+        attended = self.attention_post_norm(self.attention(seen, rotary, attention))
+        sum_ = torch.add(x, self.dropout(attended), alpha=self.scale)
+        if not self.parallel:
+            x = sum_
+        thought = self.mlp_post_norm(self.mlp(seen if self.shared else self.mlp_norm(x)))
+        return torch.add(sum_, self.dropout(thought), alpha=self.scale)
 
 
 class GPT(nn.Module):
@@ -132,11 +174,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.position = nn.Embedding(config.context, config.width) if config.learned_positions else None
         self.dropout = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = norm_of(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.norm = norm_of(config, config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied:
             self.head.weight = self.embedding.weight
         self.gradient_checkpointing = False
@@ -147,28 +189,40 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Final hidden states (..., C) of ids (...) at positions (...)."""
-        x = self.embedding(ids)
+        x = self.embedding(ids).float()  # the residual stream stays float32 whatever the weights are kept in
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
         if self.position is not None:
             x = x + self.position(positions)
-        rotary = None
-        if self.config.positions == "rope":
-            rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        tables = self._rotary_tables(positions, attention)
         x = self.dropout(x)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            rope = self.config.rope(layer)
+            rotary = None if rope is None else tables[rope]
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, attention, use_reentrant=False)
             else:
                 x = block(x, rotary, attention)
         return self.norm(x)
 
+    def _rotary_tables(self, positions: Tensor, attention: Attention) -> dict[Rope, RotaryTable]:
+        """One table for each kind of rope that the layers have."""
+        kinds = {rope for rope in self.config.ropes if rope is not None}
+        by_length = any(rope.by_length for rope in kinds)
+        lengths = attention.lengths.to(positions.device) if by_length else None
+        return {rope: rotary_table(rope, positions, lengths) for rope in kinds}
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in float32."""
-        return self.head(hidden).float()
+        logits = self.head(hidden).float()
+        scaled_and_capped(logits, self.config.logit_scale, self.config.logit_cap)
+        return logits
 
     def forward(self, batch: Batch) -> dict[str, LossSum]:
         """The losses of a batch by name, each a sum and a weight; only labelled positions are projected."""
-        x = self.hidden(batch.ids, batch.positions, batch.attention)
-        found = projected_loss(x[batch.scored], self.head.weight, self.head.bias, batch.targets, batch.weights)
+        x = self.hidden(batch.ids, batch.positions, batch.attention)[batch.scored]
+        scale, cap = self.config.logit_scale, self.config.logit_cap
+        found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap)
         return {"nll": found}
 
     def set_dropout(self, p: float) -> None:
@@ -186,4 +240,5 @@ class GPT(nn.Module):
                 std = residual if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02
                 nn.init.normal_(parameter, std=std, generator=generator)
             else:
-                nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+                one = 0.0 if self.config.norm == "rms_plus_one" else 1.0
+                nn.init.constant_(parameter, one if name.endswith("norm.weight") else 0.0)

@@ -29,7 +29,14 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        scale: float,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = max(64, CHUNK_LOGITS // weight.shape[0])
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -42,6 +49,7 @@ class _ProjectedLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             h, y = hidden[part], targets[part, None]
             logits = F.linear(h, weight, bias).float()  # (n, V)
+            slope = scaled_and_capped(logits, scale, cap)
             top = logits.argmax(-1, keepdim=True)
             log_total = logits.logsumexp(-1, keepdim=True)
             nll[part] = (log_total - logits.gather(1, y)).squeeze(1)
@@ -52,6 +60,8 @@ class _ProjectedLoss(torch.autograd.Function):
                 continue
             p.scatter_add_(1, y, torch.full_like(log_total, -1.0))
             p *= weights[part, None]  # d(sum)/d(logits)
+            if isinstance(slope, Tensor) or slope != 1.0:
+                p *= slope  # d(logits)/d(h @ weight)
             g = p.to(weight.dtype)
             if grad_hidden is not None:
                 torch.matmul(g, weight, out=grad_hidden[part])
@@ -70,11 +80,32 @@ class _ProjectedLoss(torch.autograd.Function):
         hidden, weight, bias = (None if g is None else g.mul_(grad) for g in grads)
         weight = None if weight is None else weight.to(ctx.dtypes[0])
         bias = None if bias is None else bias.to(ctx.dtypes[1])
-        return hidden, weight, bias, None, None
+        return hidden, weight, bias, None, None, None, None
 
 
-def projected_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> LossSum:
-    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, in float32, as a sum.
+def scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor | float:
+    """logits -> cap * tanh(scale * logits / cap), in place (without a cap only scaled); returns the slope there."""
+    if scale != 1.0:
+        logits *= scale
+    if cap is None:
+        return scale
+    logits /= cap
+    logits.tanh_()
+    slope = scale * (1 - logits * logits)
+    logits *= cap
+    return slope
+
+
+def projected_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> LossSum:
+    """Cross-entropy of `hidden @ weight.T + bias` (scaled, soft-capped) against `targets`, in float32, as a sum.
 
     hidden (N, C): the positions that have a label, and only they. weight (V, C). targets (N,) ids below V.
     weights (N,) >= 0. Gradients reach hidden, weight and bias. Backward may be called once.
@@ -87,5 +118,5 @@ def projected_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        total, nll, correct, entropy = _ProjectedLoss.apply(hidden, weight, bias, targets, weights)
+        total, nll, correct, entropy = _ProjectedLoss.apply(hidden, weight, bias, targets, weights, scale, cap)
     return LossSum(total, weights.sum(), nll, correct, entropy)

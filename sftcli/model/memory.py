@@ -34,7 +34,7 @@ def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> in
     width, inner = config.width, config.mlp_width
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     attention = 2 * width + heads + 3 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
-    if config.positions == "rope":
+    if config.ropes:
         attention += 2 * (heads + kv)  # before rotation, halves exchanged
     mlp = 2 * width + (4 * inner if config.gated else 2 * inner)
     if gradient_checkpointing:

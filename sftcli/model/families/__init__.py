@@ -1,17 +1,27 @@
-"""One file a Hugging Face family: its config keys and tensor names onto the GPT, and back."""
+"""One file a Hugging Face family: its config keys and tensor names onto the GPT, and back.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A family says how config.json reads and which of its modules is which of ours; `tensors` then lists every tensor of its
+files. A module that the GPT of a config does not have (a bias, a tied head, a norm) has no tensor.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sftcli.errors import CheckpointError
-from sftcli.model.gpt import GPTConfig
+from sftcli.model.gpt import GPT, GPTConfig
 
-FAMILIES = ("gpt2", "llama")  # a name here is a file beside this one and a model_type in config.json
+# a name here is a file beside this one and a model_type in config.json
+FAMILIES = (
+    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "llama"),
+    *("minimind", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
+    "starcoder2",
+)
 
 
 @dataclass(frozen=True)
@@ -40,41 +50,66 @@ class Stored:
         return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], 1).flatten(0, 2)
 
 
-class Family(Protocol):
-    """What a family's file holds."""
+@dataclass(frozen=True)
+class Family:
+    """What a family's file holds: how config.json reads, and its modules by our names."""
 
-    BUFFERS: tuple[str, ...]  # endings of tensors in old files that are no weights
-
-    def read_config(self, config: dict[str, Any]) -> GPTConfig:
-        """config.json -> switches. Raises CheckpointError naming a switch that is not supported."""
-        ...
+    read_config: Callable[[dict[str, Any]], GPTConfig]  # raises CheckpointError naming a switch that is not supported
+    outside: Mapping[str, str]  # embedding, final norm, head
+    layer: Mapping[str, str | tuple[str, ...]]  # of one layer, below `layers`; a tuple: fused
+    layers: str = "model.layers.{}."
+    transposed: bool = False  # linear weights lie as [in, out] (GPT-2's Conv1D)
+    alternating: bool = False  # what is fused in attention alternates head by head
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors in old files that are no weights
+    lacking: str = ""  # a prefix that some files leave out
+    renamed: Mapping[str, str] = field(default_factory=dict)  # other names that files use
 
     def tensors(self, config: GPTConfig) -> list[Stored]:
         """Every tensor of the family's files."""
-        ...
+        found = [stored for theirs, ours in self.outside.items() for stored in self._module(config, theirs, (ours,))]
+        for n in range(config.layers):
+            for theirs, ours in self.layer.items():
+                parts = (ours,) if isinstance(ours, str) else ours
+                ours_here = tuple(f"blocks.{n}.{part}" for part in parts)
+                found += self._module(config, self.layers.format(n) + theirs, ours_here)
+        return found
+
+    def _module(self, config: GPTConfig, theirs: str, ours: tuple[str, ...]) -> list[Stored]:
+        shapes = shapes_of(config)
+        found = []
+        for kind in ("weight", "bias"):
+            names = tuple(f"{module}.{kind}" for module in ours)
+            if names[0] not in shapes or (names[0] == "head.weight" and config.tied):
+                continue
+            linear = len(shapes[names[0]]) == 2 and names[0].startswith("blocks.")
+            heads = config.heads if self.alternating and len(names) > 1 else 0
+            found.append(Stored(f"{theirs}.{kind}", names, self.transposed and linear, heads))
+        return found
 
     def upstream_name(self, name: str) -> str:
-        """The name a tensor of a file has in `tensors` (old files lack a prefix, for example)."""
-        ...
+        """The name that a tensor of a file has in `tensors`."""
+        name = self.renamed.get(name, name)
+        inside = not self.lacking or name.startswith((self.lacking, *self.outside))
+        return name if inside else self.lacking + name
+
+    @property
+    def head(self) -> str:
+        """Their name of the output projection's weight."""
+        return next(theirs for theirs, ours in self.outside.items() if ours == "head") + ".weight"
+
+
+@lru_cache(maxsize=8)
+def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter of a GPT, without taking memory for it."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters(remove_duplicate=False)}
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The family that config.json names. Raises CheckpointError for one that is not here."""
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise CheckpointError(f"model_type {kind!r} is not supported", hint=f"supported: {', '.join(FAMILIES)}")
-    return import_module(f"{__name__}.{kind}")
-
-
-def refuse(config: dict[str, Any], **accepted: tuple[Any, ...]) -> None:
-    """Refuse switches whose value is none of the accepted ones; an absent key is the first of them."""
-    for key, values in accepted.items():
-        value = config.get(key, values[0])
-        if value not in values:
-            raise CheckpointError(f"config.json: {key} = {value!r} is not supported")
-
-
-def required(config: dict[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise CheckpointError(f"config.json has no {key}")
-    return config[key]
+        hint = f"supported: {', '.join(FAMILIES)}"
+        raise CheckpointError(f"config.json: model_type {kind!r} is not supported", hint=hint)
+    family: Family = import_module(f"{__name__}.{kind}").FAMILY
+    return family

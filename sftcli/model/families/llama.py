@@ -1,66 +1,51 @@
-"""Llama (1-3.x, SmolLM2, TinyLlama, Yi): RMSNorm, RoPE, SwiGLU, grouped-query attention."""
+"""Llama (1-3.x, SmolLM2, TinyLlama, Yi): RMSNorm, RoPE, SwiGLU, grouped-query attention. Many families vary it."""
 
 from typing import Any
 
-from sftcli.errors import CheckpointError
-from sftcli.model.families import Stored, refuse, required
+from sftcli.model.families import Family
+from sftcli.model.families.config import activation, number, refuse, sizes, switch
+from sftcli.model.families.ropes import reach, read_rope
 from sftcli.model.gpt import GPTConfig
 
-BUFFERS = ("rotary_emb.inv_freq",)
+Modules = dict[str, str | tuple[str, ...]]
+OUTSIDE = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"}
+ATTENTION: Modules = {f"self_attn.{name}_proj": f"attention.{name}" for name in ("q", "k", "v", "o")}
+MLP: Modules = {f"mlp.{name}_proj": f"mlp.{name}" for name in ("gate", "up", "down")}
+NORMS: Modules = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+QK_NORMS: Modules = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
+FUSED_MLP: Modules = {"mlp.gate_up_proj": ("mlp.gate", "mlp.up"), "mlp.down_proj": "mlp.down"}
+# norms around attention and around the MLP, as Gemma 2 names them
+SANDWICH: Modules = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "attention_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
+
+
+def switches(config: dict[str, Any], found: dict[str, Any], eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
+    """What Llama-like families have in common: sizes, RMSNorm, SwiGLU, one rope for all layers."""
+    rope = read_rope(config, found["head_dim"])
+    return {
+        **found,
+        "context": reach(rope, found["context"]),
+        "norm": "rms",
+        "norm_eps": number(config, "rms_norm_eps", eps),
+        "activation": activation(config, "hidden_act", "silu"),
+        "ropes": (rope,) * found["layers"],
+        "tied": switch(config, "tie_word_embeddings", tied),
+    }
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    refuse(config, hidden_act=("silu", "swish"), pretraining_tp=(1,))
-    heads = required(config, "num_attention_heads")
-    width = required(config, "hidden_size")
-    attention_bias = bool(config.get("attention_bias", False))
+    refuse(config, pretraining_tp=(1,))
+    biased = switch(config, "attention_bias", False)
     return GPTConfig(
-        vocab_size=required(config, "vocab_size"),
-        context=config.get("max_position_embeddings", 2048),
-        layers=required(config, "num_hidden_layers"),
-        width=width,
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or width // heads,
-        mlp_width=required(config, "intermediate_size"),
-        norm="rms",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        positions="rope",
-        rope_theta=rope_theta(config),
-        gated=True,
-        activation="silu",
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        **switches(config, sizes(config)),
+        qkv_bias=biased,
+        output_bias=biased,
+        mlp_bias=switch(config, "mlp_bias", False),
     )
 
 
-def rope_theta(config: dict[str, Any]) -> float:
-    """From rope_parameters (transformers >= 5) or the older top-level keys; scaled kinds are refused."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise CheckpointError(f"config.json: RoPE scaling {kind!r} is not supported")
-    return float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def tensors(config: GPTConfig) -> list[Stored]:
-    found = [Stored("model.embed_tokens.weight", ("embedding.weight",)), Stored("model.norm.weight", ("norm.weight",))]
-    if not config.tied:
-        found.append(Stored("lm_head.weight", ("head.weight",)))
-    for n in range(config.layers):
-        theirs, ours = f"model.layers.{n}.", f"blocks.{n}."
-        found.append(Stored(theirs + "input_layernorm.weight", (ours + "attention_norm.weight",)))
-        found.append(Stored(theirs + "post_attention_layernorm.weight", (ours + "mlp_norm.weight",)))
-        for name in ("q", "k", "v", "o"):
-            kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
-            found += [Stored(f"{theirs}self_attn.{name}_proj.{k}", (f"{ours}attention.{name}.{k}",)) for k in kinds]
-        for name in ("gate", "up", "down"):
-            kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
-            found += [Stored(f"{theirs}mlp.{name}_proj.{k}", (f"{ours}mlp.{name}.{k}",)) for k in kinds]
-    return found
-
-
-def upstream_name(name: str) -> str:
-    return name
+FAMILY = Family(read_config, OUTSIDE, NORMS | ATTENTION | MLP)

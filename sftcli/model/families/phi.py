@@ -1,0 +1,42 @@
+"""Phi 1 and 2: attention and MLP side by side behind one LayerNorm, RoPE on a part of each head, biases everywhere."""
+
+from typing import Any
+
+from sftcli.model.families import Family
+from sftcli.model.families.config import activation, number, refuse, sizes, switch
+from sftcli.model.families.ropes import reach, read_rope
+from sftcli.model.gpt import GPTConfig
+
+
+def read_config(config: dict[str, Any]) -> GPTConfig:
+    refuse(config, qk_layernorm=(False,))
+    found = sizes(config, takes_head_dim=False)
+    rope = read_rope(config, found["head_dim"], fraction=0.5)
+    common = found | {"context": reach(rope, found["context"])}
+    return GPTConfig(
+        **common,
+        norm="layer",
+        norm_eps=number(config, "layer_norm_eps", 1e-5),
+        residual="parallel_shared",
+        ropes=(rope,) * found["layers"],
+        gated=False,
+        activation=activation(config, "hidden_act", "gelu_new"),
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+        tied=switch(config, "tie_word_embeddings", False),
+    )
+
+
+FAMILY = Family(
+    read_config,
+    outside={"model.embed_tokens": "embedding", "model.final_layernorm": "norm", "lm_head": "head"},
+    layer={
+        "input_layernorm": "attention_norm",
+        **{f"self_attn.{name}_proj": f"attention.{name}" for name in ("q", "k", "v")},
+        "self_attn.dense": "attention.o",
+        "mlp.fc1": "mlp.up",
+        "mlp.fc2": "mlp.down",
+    },
+)

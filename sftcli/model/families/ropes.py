@@ -1,0 +1,124 @@
+"""RoPE as config.json spells it: `rope_parameters` (transformers >= 5, per kind of layer where they differ), or the
+older keys at the top (`rope_theta`, `rope_scaling`, `partial_rotary_factor`, and each family's own)."""
+
+import math
+from typing import Any
+
+from sftcli.errors import CheckpointError
+from sftcli.model.families.config import number, size, switch
+from sftcli.model.rope import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
+
+
+def read_rope(
+    config: dict[str, Any],
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    fraction: float = 1.0,
+    interleaved: bool = False,
+    theta_key: str = "rope_theta",
+    fraction_key: str = "partial_rotary_factor",
+) -> Rope:
+    """The one rope of a config; `theta` and `fraction` are the family's defaults."""
+    parameters = _object(config, "rope_parameters") or _object(config, "rope_scaling")
+    here = {**parameters}
+    here.setdefault("rope_theta", config.get(theta_key))
+    here.setdefault("partial_rotary_factor", config.get(fraction_key))
+    return rope_from(here, config, head_dim, theta, fraction, interleaved)
+
+
+def read_rope_of(
+    config: dict[str, Any], kind: str, head_dim: int, *, theta: float, theta_key: str, scaled: bool
+) -> Rope:
+    """The rope of one kind of layer (full_attention, sliding_attention) of a family that tells them apart.
+
+    `scaled`: whether an older config's rope_scaling is meant for this kind.
+    """
+    nested = _object(config, "rope_parameters")
+    if nested and "full_attention" not in nested:
+        raise CheckpointError("config.json: rope_parameters does not tell full_attention from sliding_attention")
+    here = dict(_object(nested, kind) if kind in nested else _object(config, "rope_scaling") if scaled else {})
+    here.setdefault("rope_theta", config.get(theta_key))
+    return rope_from(here, config, head_dim, theta, 1.0, False)
+
+
+def rope_from(
+    parameters: dict[str, Any], config: dict[str, Any], head_dim: int, theta: float, fraction: float, interleaved: bool
+) -> Rope:
+    theta = number(parameters, "rope_theta", theta)
+    dim = int(head_dim * number(parameters, "partial_rotary_factor", fraction))
+    if theta <= 1 or dim < 2 or dim % 2 or dim > head_dim:
+        raise CheckpointError(f"config.json: RoPE with theta {theta:g} over {dim} of {head_dim} numbers makes no sense")
+    return Rope(dim, theta, interleaved, _scaling(parameters, config, dim))
+
+
+def _scaling(parameters: dict[str, Any], config: dict[str, Any], dim: int) -> Scaling | None:
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return Linear(number(parameters, "factor"))
+    if kind == "dynamic":
+        return Dynamic(number(parameters, "factor"), size(config, "max_position_embeddings"))
+    original = size(config, "original_max_position_embeddings", size(config, "max_position_embeddings"))
+    if "original_max_position_embeddings" not in config:
+        original = size(parameters, "original_max_position_embeddings", original)
+    if kind == "llama3":
+        low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
+        return Llama3(number(parameters, "factor"), low, high, original)
+    if kind == "yarn":
+        return _yarn(parameters, config, original)
+    if kind in ("longrope", "su"):
+        return _longrope(parameters, config, original, dim)
+    raise CheckpointError(f"config.json: RoPE scaling {kind!r} is not supported")
+
+
+def _stretch(parameters: dict[str, Any], config: dict[str, Any], original: int) -> float:
+    """How many times longer the context has become."""
+    return number(parameters, "factor", size(config, "max_position_embeddings") / original)
+
+
+def _yarn(parameters: dict[str, Any], config: dict[str, Any], original: int) -> Yarn:
+    factor = _stretch(parameters, config, original)
+
+    def gain(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    whole, part = parameters.get("mscale_all_dim"), parameters.get("mscale")
+    amplitude = gain(float(part)) / gain(float(whole)) if whole and part else gain(1.0)
+    return Yarn(
+        factor=factor,
+        original=original,
+        fast=float(parameters.get("beta_fast") or 32),
+        slow=float(parameters.get("beta_slow") or 1),
+        amplitude=number(parameters, "attention_factor", amplitude),
+        truncate=switch(parameters, "truncate", True),
+    )
+
+
+def _longrope(parameters: dict[str, Any], config: dict[str, Any], original: int, dim: int) -> LongRope:
+    factor = _stretch(parameters, config, original)
+    amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    divisors = []
+    for key in ("short_factor", "long_factor"):
+        values = parameters.get(key)
+        if not isinstance(values, list) or len(values) != dim // 2:
+            raise CheckpointError(f"config.json: {key} must be {dim // 2} numbers, one a pair")
+        divisors.append(tuple(float(value) for value in values))
+    return LongRope(divisors[0], divisors[1], original, number(parameters, "attention_factor", amplitude))
+
+
+def reach(rope: Rope, context: int) -> int:
+    """The longest row: what a scaling that stretches beyond the stated context makes of it."""
+    if isinstance(rope.scaling, Dynamic):
+        return max(context, int(rope.scaling.factor * rope.scaling.original))
+    if isinstance(rope.scaling, Yarn):
+        return max(context, int(rope.scaling.factor * rope.scaling.original))
+    return context
+
+
+def _object(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {key} is not an object")
+    return value
