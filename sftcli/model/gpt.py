@@ -76,6 +76,20 @@ class GPTConfig:
         return Sight(layer, scale, self.windows[layer] if self.windows else None, self.attention_cap)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without values at first: drawing them on the meta device alone would load torch's compiler (2 s)."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without values at first."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight)."""
 
@@ -101,10 +115,10 @@ class SelfAttention(nn.Module):
         self.sight, self.head_dim = config.sight(layer), config.head_dim
         self.clip, self.norms_heads = config.qkv_clip, config.qk_norm == "head"
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.width, queries, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, keys, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, keys, bias=config.qkv_bias)
-        self.o = nn.Linear(queries, config.width, bias=config.output_bias)
+        self.q = Linear(config.width, queries, bias=config.qkv_bias)
+        self.k = Linear(config.width, keys, bias=config.qkv_bias)
+        self.v = Linear(config.width, keys, bias=config.qkv_bias)
+        self.o = Linear(queries, config.width, bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = norm_of(config, config.head_dim if self.norms_heads else queries)
             self.k_norm = norm_of(config, config.head_dim if self.norms_heads else keys)
@@ -128,9 +142,9 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias) if config.gated else None
-        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.gate = Linear(config.width, config.mlp_width, bias=config.mlp_bias) if config.gated else None
+        self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,12 +187,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position = nn.Embedding(config.context, config.width) if config.learned_positions else None
+        self.embedding = Embedding(config.vocab_size, config.width)
+        self.position = Embedding(config.context, config.width) if config.learned_positions else None
         self.dropout = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = norm_of(config, config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied:
             self.head.weight = self.embedding.weight
         self.gradient_checkpointing = False

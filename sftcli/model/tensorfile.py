@@ -94,11 +94,13 @@ def _dtype(path: Path, name: str, dtype: str) -> torch.dtype:
 
 
 def read_tensors(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor]]:
-    """Each tensor as a view of its file: copy what you need before you ask for the next."""
-    path, data = None, None
-    for entry in sorted(entries, key=lambda entry: (entry.path, entry.start)):
-        if path != entry.path or data is None:
-            path, data = entry.path, _mapped(entry.path)
+    """Each tensor as a view of its file: copy what you need before you ask for the next.
+
+    The largest come first: while a tensor is copied it is there twice, which then costs least.
+    """
+    maps: dict[Path, mmap.mmap] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.start - entry.end, entry.name)):
+        data = maps.get(entry.path) or maps.setdefault(entry.path, _mapped(entry.path))
         count = math.prod(entry.shape)
         tensor = torch.frombuffer(data, dtype=entry.dtype, count=count, offset=entry.start)
         yield entry, tensor.view(entry.shape)

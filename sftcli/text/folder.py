@@ -1,6 +1,7 @@
 """The text side of a model folder: its tokenizer, special tokens, chat template and stop set."""
 
 from pathlib import Path
+from typing import Any
 
 from sftcli.artifacts import read_bytes, read_json
 from sftcli.errors import CheckpointError, UsageError
@@ -44,27 +45,44 @@ def _specials(folder: Path) -> dict[str, str]:
 
 
 def folder_template(folder: Path) -> str | None:
-    """The chat template of a model folder: its file, else the field in tokenizer_config.json."""
+    """The chat template of a model folder: chat_template.jinja, else chat_template.json, else tokenizer_config.json.
+
+    Of several named ones (there, or in additional_chat_templates/) it is the default.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
             return read_bytes(path).decode()
         except UnicodeDecodeError:
             raise CheckpointError(f"{path} is not UTF-8 text") from None
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    field = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(field, list):  # named templates
-        named = {item.get("name"): item.get("template") for item in field if isinstance(item, dict)}
-        field = named.get("default")
-    return field if isinstance(field, str) else None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        config = read_json(folder / name) if (folder / name).is_file() else {}
+        field = config.get("chat_template") if isinstance(config, dict) else None
+        if isinstance(field, list):  # named templates
+            field = _default_of(field, folder / name)
+        if isinstance(field, str):
+            return field
+    return None
+
+
+def _default_of(named: list[Any], where: Path) -> Any:
+    templates = {item.get("name"): item.get("template") for item in named if isinstance(item, dict)}
+    if templates and "default" not in templates:
+        names = ", ".join(map(str, templates))
+        raise CheckpointError(
+            f"{where}: none of its chat templates ({names}) is the default", hint="save one as FILE, --template FILE"
+        )
+    return templates.get("default")
 
 
 def stop_ids(folder: Path) -> list[int]:
     """The stop set of a model folder: generation_config's eos (one or a list), else config.json's."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            eos = read_json(folder / name).get("eos_token_id")
-            if eos is not None:
-                return [int(i) for i in eos] if isinstance(eos, list) else [int(eos)]
+        config = read_json(folder / name) if (folder / name).is_file() else {}
+        eos = config.get("eos_token_id") if isinstance(config, dict) else None
+        if eos is not None:
+            found = eos if isinstance(eos, list) else [eos]
+            if not all(type(token) is int for token in found):
+                raise CheckpointError(f"{folder / name}: eos_token_id {eos!r} is not an id or a list of ids")
+            return found
     return []

@@ -85,7 +85,7 @@ def sizes(
 ) -> dict[str, Any]:
     """The sizes of a GPTConfig. Defaults where keys are absent: as many key heads as heads, width / heads, 4 x width.
 
-    `takes_head_dim`: whether the family has the key head_dim at all. Raises CheckpointError for senseless ones.
+    `takes_head_dim`: whether the family honours the key head_dim. Raises CheckpointError for senseless ones.
     """
     found: dict[str, Any] = {
         "vocab_size": size(config, "vocab_size"),
@@ -96,12 +96,15 @@ def sizes(
     }
     if found["layers"] > MAX_LAYERS:
         raise CheckpointError(f"config.json: {found['layers']} layers are beyond any memory")
-    default_dim = head_dim or found["width"] // found["heads"]
-    found["head_dim"] = size(config, "head_dim", default_dim) if takes_head_dim else default_dim
-    found["kv_heads"] = size(config, "num_key_value_heads", kv_heads or found["heads"])
-    found["mlp_width"] = size(config, inner, 4 * found["width"])
-    if not takes_head_dim and found["width"] % found["heads"]:
+    own_dim = takes_head_dim and config.get("head_dim") is not None
+    if not own_dim and not head_dim and found["width"] % found["heads"]:
         raise CheckpointError(f"config.json: {width} {found['width']} is not a multiple of {heads} {found['heads']}")
+    found["head_dim"] = size(config, "head_dim") if own_dim else head_dim or found["width"] // found["heads"]
+    null_kv_heads = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+    found["kv_heads"] = size(
+        config, "num_key_value_heads", found["heads"] if null_kv_heads else kv_heads or found["heads"]
+    )
+    found["mlp_width"] = size(config, inner, 4 * found["width"])
     return found
 
 

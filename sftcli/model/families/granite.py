@@ -11,7 +11,7 @@ from sftcli.model.gpt import GPTConfig
 def read_config(config: dict[str, Any]) -> GPTConfig:
     biased = switch(config, "attention_bias", False)
     return GPTConfig(
-        **switches(config, sizes(config, takes_head_dim=False)),
+        **switches(config, sizes(config)),
         qkv_bias=biased,
         output_bias=biased,
         mlp_bias=switch(config, "mlp_bias", False),

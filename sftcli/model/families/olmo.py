@@ -9,7 +9,7 @@ from sftcli.model.gpt import GPTConfig
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, takes_head_dim=False)
+    found = sizes(config)
     biased = switch(config, "attention_bias", False)
     return GPTConfig(
         **switches(config, found) | {"norm": "layer_bare", "norm_eps": 1e-5},

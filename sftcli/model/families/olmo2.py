@@ -11,7 +11,7 @@ NORMS: Modules = {"post_attention_layernorm": "attention_post_norm", "post_feedf
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, takes_head_dim=False)
+    found = sizes(config)
     return GPTConfig(**switches(config, found, eps=1e-5) | after_norms(config))
 
 

@@ -9,7 +9,7 @@ from sftcli.model.gpt import GPTConfig
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, takes_head_dim=False)
+    found = sizes(config)
     default = ["full_attention" if (layer + 1) % 4 == 0 else "sliding_attention" for layer in range(found["layers"])]
     kinds = layer_types(config, found["layers"], default)
     ropes = {

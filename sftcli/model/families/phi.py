@@ -10,7 +10,7 @@ from sftcli.model.gpt import GPTConfig
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
     refuse(config, qk_layernorm=(False,))
-    found = sizes(config, takes_head_dim=False)
+    found = sizes(config)
     rope = read_rope(config, found["head_dim"], fraction=0.5)
     common = found | {"context": reach(rope, found["context"])}
     return GPTConfig(

@@ -16,7 +16,7 @@ ATTENTION: Modules = {
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, context=4096, takes_head_dim=False)
+    found = sizes(config, context=4096)
     known = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096} | config
     common = switches(known, found, eps=1e-5)
     scaling = common["ropes"][0].scaling

@@ -9,7 +9,7 @@ from sftcli.model.gpt import GPTConfig
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, context=32768, takes_head_dim=False)
+    found = sizes(config, context=32768)
     return GPTConfig(**switches(config, found), qkv_bias=True, windows=later_windows(config, found["layers"]))
 
 

@@ -20,8 +20,7 @@ def read_rope(
     fraction_key: str = "partial_rotary_factor",
 ) -> Rope:
     """The one rope of a config; `theta` and `fraction` are the family's defaults."""
-    parameters = _object(config, "rope_parameters") or _object(config, "rope_scaling")
-    here = {**parameters}
+    here = dict(_object(config, "rope_scaling") or _object(config, "rope_parameters"))  # in transformers' order
     here.setdefault("rope_theta", config.get(theta_key))
     here.setdefault("partial_rotary_factor", config.get(fraction_key))
     return rope_from(here, config, head_dim, theta, fraction, interleaved)

@@ -11,7 +11,7 @@ from sftcli.model.gpt import GPTConfig
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, context=32768, kv_heads=4, takes_head_dim=False)
+    found = sizes(config, context=32768, kv_heads=4)
     layers = found["layers"]
     rotates = _rotates(config, layers)
     rope = read_rope(config, found["head_dim"], theta=2e6)

@@ -10,7 +10,7 @@ from sftcli.model.gpt import GPTConfig
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    found = sizes(config, context=4096, kv_heads=2, takes_head_dim=False)
+    found = sizes(config, context=4096, kv_heads=2)
     rope = read_rope(config, found["head_dim"])
     biased = switch(config, "use_bias", True)
     common = found | {"context": reach(rope, found["context"])}

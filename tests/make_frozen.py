@@ -1,0 +1,69 @@
+"""Make tests/frozen: a very small checkpoint of every family with its logits by transformers, in two files.
+
+    python tests/make_frozen.py
+
+families.json holds the configurations; families.safetensors every tensor as "family/name" in float16, and the expected
+logits of IDS as "family/" in float32. They keep the families covered where transformers is not installed.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from family_cases import FAMILIES, build, read_config, their_logits
+
+from sftcli.model.tensorfile import write_tensors
+
+HERE = Path(__file__).parent / "frozen"
+CONFIGS, TENSORS = HERE / "families.json", HERE / "families.safetensors"
+FROZEN_VOCABULARY = 32
+IDS = [5, 17, 3, 29, 11, 8, 23, 14, 30, 6, 19, 27]  # longer than the window
+
+WINDOW = {"sliding_window": 4}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEADS = {"head_dim": 8}
+OPENAI = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "n_positions": 24}
+OWN = {
+    "gpt2": OPENAI,
+    "gptj": OPENAI | {"rotary_dim": 2},
+    "gpt_neo": {
+        "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 24,
+        "attention_types": [[["global", "local"], 1]], "window_size": 4,
+    },
+    "gpt_neox": SIZES | {"rotary_pct": 0.5},
+    "mistral": SIZES | HEADS | WINDOW,
+    "minimind": SIZES | {"head_dim": 4},
+    "smollm3": SIZES | {"no_rope_layers": [1, 0]},
+    "olmo3": SIZES | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": SIZES | HEADS | WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": SIZES | HEADS | WINDOW | {"sliding_window_pattern": 2},
+} | {name: SIZES | HEADS for name in ("llama", "qwen3", "glm", "glm4", "gemma")}  # fmt: skip
+
+
+def freeze(name: str, path: Path) -> dict[str, torch.Tensor]:
+    """Save a model whose weights are float16 numbers; returns its tensors and expected logits."""
+    model = build(name, path, **(OWN.get(name, SIZES) | {"vocab_size": FROZEN_VOCABULARY}))
+    for parameter in model.parameters():  # not buffers: model.half() would round the frequencies of RoPE
+        parameter.data = parameter.data.half().float()
+    logits = their_logits(model, IDS)
+    assert 0.3 < float(logits.std()) < 3, name
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    return {f"{name}/": logits} | {f"{name}/{key}": value.half() for key, value in tensors.items()}
+
+
+def main() -> None:
+    tensors, configs = {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in FAMILIES:
+            tensors |= freeze(name, Path(temporary, name))
+            configs[name] = read_config(Path(temporary, name)) | {"dtype": "float16"}
+    HERE.mkdir(exist_ok=True)
+    write_tensors(TENSORS, tensors)
+    CONFIGS.write_text(json.dumps({"ids": IDS, "configs": configs}, indent=1) + "\n")
+    print(f"{len(configs)} families, {TENSORS.stat().st_size + CONFIGS.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
