@@ -272,6 +272,10 @@ def test_greedy_tokens_beyond_the_original_context_equal_transformers():
     assert_same_greedy_tokens(built("phi3 longrope"), (ORIGINAL + 1, ORIGINAL + 5), 20)
 
 
+def test_greedy_tokens_across_the_original_context_equal_transformers():
+    assert_same_greedy_tokens(built("phi3 longrope"), (ORIGINAL - 4, ORIGINAL - 1), 20)
+
+
 def test_list_of_stops_ends_generation_as_in_transformers(tmp_path):
     made, prompt = built("glm"), ids_of(9)
     endless = their_completion(made.theirs, prompt, 20)

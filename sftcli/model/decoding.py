@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftcli.model.attention import Group, RowAttention, Sight, attend
+from sftcli.model.attention import Group, RowAttention, Sight, Tokens, attend, visible
 from sftcli.model.gpt import GPT
+from sftcli.model.rope import LongRope
 from sftcli.model.sampling import choose, repetition_penalised, stream
 from sftcli.recipe import Generate
 
@@ -49,7 +50,7 @@ class Completion:
     context_full: bool = False  # length, because the model's context is full
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """A row that is being generated."""
 
@@ -215,8 +216,11 @@ def decode(
     options: Generate,
     stops: Sequence[int],
     text_stops: "TextStops | None" = None,
+    held: "Held | None" = None,
 ) -> Iterator[Token | Completion]:
     """Complete prompts, token by token; the Completion of a prompt comes after its last Token.
+
+    A single prompt may go on from what an earlier one `held`, and leaves there what it was fed.
 
     Rows of the batch that finish leave it and waiting rows enter. A row ends at a stop id or a stop text, after
     max_new_tokens, or when the model's context is full. With `deterministic` rows are decoded one after the other: the
@@ -234,7 +238,8 @@ def decode(
             more = len(slots) + len(entering) == size
             yield from done
             if entering:
-                first = prefill(model, table, [slot.prompt.ids for slot in entering])
+                ids = [slot.prompt.ids for slot in entering]
+                first = prefill(model, table, ids) if held is None else prefill_rest(model, table, ids[0], held)
                 logits = torch.cat([logits, first])
                 slots += entering
         if not slots:
@@ -249,16 +254,34 @@ def decode(
                 yield finished
             else:
                 staying.append(i)
+        if held is not None and not staying:
+            held.take(table, slots[0].prompt.ids + slots[0].made)
         if len(staying) < len(slots):
             table.keep(staying)
             slots = [slots[i] for i in staying]
             chosen = [chosen[i] for i in staying]
-        if slots:
-            positions = table.open_column()
-            ids = torch.tensor(chosen, device=model.device)
-            logits = model.logits(model.hidden(ids, positions, table))
-        else:
-            logits = logits[:0]
+        logits, slots = _fed(model, table, slots, chosen)
+
+
+def _fed(model: GPT, table: Table, slots: list[_Slot], chosen: list[int]) -> tuple[Tensor, list[_Slot]]:
+    """Feed each row its newest token: logits (B, V), and the rows in the table's order after it.
+
+    Where a row grows past the length at which LongRoPE turns to other frequencies, its keys were turned by the wrong
+    ones: it is encoded anew.
+    """
+    turning = [rope.scaling.original + 1 for rope in model.config.ropes if rope and isinstance(rope.scaling, LongRope)]
+    anew = [slot for slot in slots if len(slot.prompt.ids) + len(slot.made) in turning]
+    if anew:
+        kept = [i for i, slot in enumerate(slots) if slot not in anew]
+        table.keep(kept)
+        slots, chosen = [slots[i] for i in kept], [chosen[i] for i in kept]
+    logits = torch.empty(0, model.config.vocab_size, device=model.device)
+    if slots:
+        positions = table.open_column()
+        logits = model.logits(model.hidden(torch.tensor(chosen, device=model.device), positions, table))
+    if anew:
+        logits = torch.cat([logits, prefill(model, table, [slot.prompt.ids + slot.made for slot in anew])])
+    return logits, slots + anew
 
 
 def _entering(
@@ -316,3 +339,59 @@ def in_order(completions: Iterable[Completion]) -> Iterator[Completion]:
         while following in held:
             yield held.pop(following)
             following += 1
+
+
+# ---- one row that goes on: the turns of a conversation
+
+
+@dataclass
+class Held:
+    """What a row was fed, and its keys and values (T, G, D) a layer: a prompt that begins alike need not encode it."""
+
+    ids: list[int] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def take(self, table: Table, ids: list[int]) -> None:
+        """Hold the only row of a table; its last token may not have been fed."""
+        self.ids = ids[: table.width]
+        self.keys = [k[0, :, : table.width].transpose(0, 1) for k in table.keys]
+        self.values = [v[0, :, : table.width].transpose(0, 1) for v in table.values]
+
+    def common(self, ids: Sequence[int]) -> int:
+        """How many ids at the start are held, the last one never: its logits are asked for."""
+        pairs = enumerate(zip(self.ids, ids, strict=False))
+        return next((t for t, (mine, other) in pairs if mine != other), min(len(self.ids), len(ids) - 1))
+
+
+class _Rest:
+    """Attention of a row's last tokens, the keys and values of its first `common` ones being held."""
+
+    def __init__(self, held: Held, common: int, length: int, device: torch.device):
+        index = torch.arange(length, device=device)
+        self.held, self.common = held, common
+        self.lengths = torch.full((length - common,), length)
+        self.row = Tokens(torch.zeros_like(index), index, index)
+        self.rest = Tokens(*(t[common:] for t in (self.row.row, self.row.order, self.row.index)))
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = torch.cat([self.held.keys[sight.layer][: self.common], k])  # (length, G, D)
+        values = torch.cat([self.held.values[sight.layer][: self.common], v])
+        self.keys.append(keys)
+        self.values.append(values)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, keys, values))  # (1, heads, rest or length, D)
+        return attend(q, k, v, visible(self.rest, self.row, sight.window), sight)[0].transpose(0, 1)
+
+
+def prefill_rest(model: GPT, table: Table, ids: Sequence[int], held: Held) -> Tensor:
+    """Encode what of a prompt is not held; it enters the table as a whole. Returns the logits (1, V) of its end."""
+    common = held.common(ids)
+    if not common or any(rope and rope.by_length for rope in model.config.ropes):  # those turn old keys anew
+        return prefill(model, table, [ids])
+    attention = _Rest(held, common, len(ids), model.device)
+    positions = torch.arange(common, len(ids), device=model.device)
+    hidden = model.hidden(torch.tensor(ids[common:], device=model.device), positions, attention)
+    table.add([len(ids)], attention.keys, attention.values)
+    return model.logits(hidden[-1:])
