@@ -22,9 +22,22 @@ FROZEN_VOCABULARY = 32
 IDS = [5, 17, 3, 29, 11, 8, 23, 14, 30, 6, 19, 27]  # longer than the window
 
 WINDOW = {"sliding_window": 4}
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+}
 HEADS = {"head_dim": 8}
 OPENAI = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "n_positions": 24}
+YARN = {"rope_type": "yarn", "rope_theta": 10.0, "factor": 4.0, "original_max_position_embeddings": 6, "beta_fast": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0]}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}
 OWN = {
     "gpt2": OPENAI,
     "gptj": OPENAI | {"rotary_dim": 2},
@@ -33,13 +46,18 @@ OWN = {
         "attention_types": [[["global", "local"], 1]], "window_size": 4,
     },
     "gpt_neox": SIZES | {"rotary_pct": 0.5},
+    "llama": SIZES | HEADS | {"rope_parameters": LLAMA3},
     "mistral": SIZES | HEADS | WINDOW,
+    "qwen2": SIZES | {"rope_parameters": YARN},
     "minimind": SIZES | {"head_dim": 4},
     "smollm3": SIZES | {"no_rope_layers": [1, 0]},
     "olmo3": SIZES | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": SIZES | HEADS | WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": SIZES | HEADS | WINDOW | {"sliding_window_pattern": 2},
-} | {name: SIZES | HEADS for name in ("llama", "qwen3", "glm", "glm4", "gemma")}  # fmt: skip
+    "gemma3_text": SIZES | HEADS | WINDOW | {"sliding_window_pattern": 2, "rope_parameters": {
+        "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "phi3": SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 6},
+    **dict.fromkeys(("qwen3", "glm", "glm4", "gemma"), SIZES | HEADS),
+}  # fmt: skip
 
 
 def freeze(name: str, path: Path) -> dict[str, torch.Tensor]:
