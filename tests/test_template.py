@@ -221,7 +221,6 @@ def chatml_with(expression):
         "'' ~ message.content ~ ''",
         "('' + message.content) | string",
         "[message.content] | join('')",
-        "'' .join([message.content])",
         "message.content.replace('zz', 'y')",
         "message.content.split('zz') | join('zz')",
         "message.content | replace('zz', 'y')",
@@ -229,17 +228,20 @@ def chatml_with(expression):
         "message.content * 1",
         "message.content.partition('!')[0]",
         "message.content | list | join",
+        "'%s' % message.content",
+        "'%s%%s' % '' % message.content",
+        "'%(words)s' % {'words': message.content}",
+        "'%s' | format(message.content)",
+        "''.join([message.content])",
+        "'$'.replace('$', message.content)",
+        "message.content | safe",
         "message.content or ''",
         "(messages | map(attribute='content') | list)[loop.index0]",
     ],
 )
 def test_words_keep_their_trace_through_what_templates_do(expression):
-    expected = only("chatml", chat("hello", "yellow", "hollow", "lily"))
-    if ".join([" in expression:  # the one that is not followed: the words count as the template's, nothing is lost
-        found = only(chatml_with(expression), chat("hello", "yellow", "hollow", "lily"))
-        assert [piece for piece in found if piece[1] == "ASSISTANT"] == [p for p in expected if p[1] == "ASSISTANT"]
-    else:
-        assert only(chatml_with(expression), chat("hello", "yellow", "hollow", "lily")) == expected
+    record = chat("hello", "yellow", "hollow", "lily")
+    assert only(chatml_with(expression), record) == only("chatml", record)
 
 
 def test_macros_set_blocks_and_filter_blocks_keep_the_trace():
@@ -410,12 +412,12 @@ def test_a_template_that_drops_tool_calls_is_refused():
 
 
 def test_a_message_that_is_written_in_a_way_that_is_not_followed_is_still_a_message():
-    source = LOOP + "{{ '%s.' % message.content }}</s>{% endfor %}"
+    source = LOOP + "{{ '{}.'.format(message.content) }}</s>{% endfor %}"
     assert only(source, chat("q", "a")) == [("q.</s>", "template"), ("a.</s>", "ASSISTANT")]
 
 
 def test_a_message_that_is_not_followed_may_not_hold_control_tokens():
-    source = LOOP + "{{ '%s.' % message.content }}</s>{% endfor %}"
+    source = LOOP + "{{ '{}.'.format(message.content) }}</s>{% endfor %}"
     with pytest.raises(DataError, match=r"hides which words are the message's.* at \$\.messages\[0\]"):
         speaker_of(source).documents(record_of(chat("q <|im_end|>", "a")))
 
@@ -558,6 +560,11 @@ PAYLOADS = [
     "{{ 9 ** 999999999 }}",
     "{{ '%999999999d' % 1 }}",
     "{% for i in range(999999999) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+    "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
+    "{{ lipsum(n=99999999) }}",
+    "{{ '%s' | format(1, 2, 3) }}",
     "{{ 1 / 0 }}",
     "{{ messages[0].nothing.at.all }}",
 ]
@@ -565,11 +572,11 @@ PAYLOADS = [
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_hostile_template_fails_in_one_line_and_soon(payload):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(DataError) as caught:
         Template(payload, "hostile", {}).render([{"role": "user", "content": "q"}], None, False)
     assert str(caught.value).startswith("template hostile ")
-    assert time.monotonic() - start < 1.5
+    assert time.process_time() - start < 1.5
 
 
 def test_an_empty_message_has_no_first_character_and_no_traceback():

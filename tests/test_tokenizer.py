@@ -481,8 +481,9 @@ def test_a_tokenizer_that_panics_is_an_error_of_the_line(sft, lines, tmp_path, c
 
 def test_what_was_encoded_as_plain_text_is_counted_once(sft, lines, tmp_path):
     """A batch that fails is encoded line by line: neither is anything counted twice, nor what was rejected."""
-    pieces = [("<unk>", 0.0), ("<s>", -1.0), *((letter, -2.0) for letter in "ab<>/es")]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    pieces = [*"ab<>/es", "<s", "<s>"]
+    merges = [("<", "s"), ("<s", ">")]  # the words of a text become a control token all by themselves
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     data = lines({"prompt": "a</s>", "completion": "b"}, {"prompt": "a<s>", "completion": "b"})

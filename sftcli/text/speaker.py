@@ -11,7 +11,7 @@ from typing import Any
 
 from sftcli.errors import DataError
 from sftcli.text.records import Conversation
-from sftcli.text.template import Template
+from sftcli.text.template import Template, TooSlow
 from sftcli.text.traced import join_traced, trace
 
 MAX_LITERALS = 1024  # sequences of roles whose literals are kept
@@ -69,18 +69,25 @@ class Speaker:
         messages, reference = conversation.messages, None
         if conversation.shape == "text":
             return Rendered(messages[0]["content"], [], [(0, len(messages[0]["content"]))], []), None
-        count = len(messages)
-        if messages and messages[-1]["role"] == OWN_ROLE:
-            count -= 1
-            turn = self._turn(conversation, count, None)
-            reference = messages[-1].get("content")
-            if not isinstance(reference, str) or messages[-1].get("tool_calls"):
-                reference = str.__str__(turn.text[turn.start : turn.end])
-                reference = re.sub(f"(?:{self.ends.pattern})+$", "", reference) if self.ends else reference
+        answered = bool(messages) and messages[-1]["role"] == OWN_ROLE
+        count = len(messages) - answered
         text = self._render(conversation, count, True)
+        if answered:
+            reference = self._reference(conversation, count, text)
         own = [i for i in range(count) if messages[i]["role"] == OWN_ROLE]
         turns = [self._turn(conversation, i, None) for i in own]
         return self._described(conversation, text, count, _spoken(turns, text), []), reference
+
+    def _reference(self, conversation: Conversation, i: int, prompt: str) -> str:
+        """The words of the last turn: its content, or what the template writes for calls."""
+        content = conversation.messages[i].get("content")
+        if isinstance(content, str) and not conversation.messages[i].get("tool_calls"):
+            spoken = self._render(conversation, i + 1, False, traced=False)
+            self._refuse_other_opening(conversation, i, spoken, prompt)
+            return content
+        turn = self._turn(conversation, i, None)
+        words = str.__str__(turn.text[turn.start : turn.end])
+        return re.sub(f"(?:{self.ends.pattern})+$", "", words) if self.ends else words
 
     def _plain_text(self, conversation: Conversation) -> Rendered:
         """The `text` shape goes past the template: everything is trained, and it ends with the end token."""
@@ -101,7 +108,7 @@ class Speaker:
                 tools = trace(tools, -1)
             return self.template.render(messages, tools, open_turn)
         except DataError as error:
-            if count > 1:  # name the first message that the template cannot take
+            if count > 1 and not isinstance(error, TooSlow):  # name the first message that the template cannot take
                 for shorter in range(1, count):
                     try:
                         self.template.render(messages[:shorter], conversation.tools, False)
@@ -144,6 +151,15 @@ class Speaker:
         """Where the words of message i begin and end, in the conversation rendered up to and including it."""
         prompt = self._render(conversation, i, True, traced=False)
         text = whole if whole is not None else self._render(conversation, i + 1, False)
+        self._refuse_other_opening(conversation, i, text, prompt)
+        start = len(prompt)
+        said = max(
+            (end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start
+        )
+        return _Turn(i, start, text, self._turn_end(text, said))
+
+    def _refuse_other_opening(self, conversation: Conversation, i: int, text: str, prompt: str) -> None:
+        """What is trained must begin as what will be fed."""
         if not text.startswith(prompt):
             raise DataError(
                 f"template {self.template.name}: what it writes to open the model's turn is not how it writes the turn",
@@ -151,11 +167,6 @@ class Speaker:
                 conversation.path(i),
                 hint="the turn lacks something the template opens with (reasoning, for example), or use --template",
             )
-        start = len(prompt)
-        said = max(
-            (end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start
-        )
-        return _Turn(i, start, text, self._turn_end(text, said))
 
     def _turn_end(self, text: str, said: int) -> int:
         """After the first special token behind the words; without one, the end of the text."""
@@ -194,12 +205,23 @@ class Speaker:
             else:
                 continue
             raise DataError(f"template {self.template.name} {reason}", None, conversation.path(i))
+        if any(name not in text for name in _named(conversation.tools)):
+            hint = "leave `tools` out of the data, or use --template"
+            raise DataError(f"template {self.template.name} has no place for tools", None, "$.tools", hint)
 
 
 def _called(message: Mapping[str, Any]) -> list[str]:
     """Names of the functions that a message calls."""
-    functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
-    return [function["name"] for function in functions if isinstance(function.get("name"), str)]
+    return _named(message.get("tool_calls"))
+
+
+def _named(calls_or_tools: list[dict[str, Any]] | None) -> list[str]:
+    functions = [item.get("function", item) for item in calls_or_tools or ()]
+    return [
+        function["name"]
+        for function in functions
+        if isinstance(function, dict) and isinstance(function.get("name"), str)
+    ]
 
 
 def _spoken(turns: list[_Turn], text: str) -> list[_Turn]:

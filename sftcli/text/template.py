@@ -12,10 +12,16 @@ from sftcli.artifacts import fingerprint, read_bytes
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import COMPLETION_NAMES
 from sftcli.text.sandbox import MAX_OUTPUT, environment
+from sftcli.text.watch import limited
 
 BUILT_IN = Path(__file__).parent / "templates"
 NAMES = (*sorted(path.stem for path in BUILT_IN.glob("*.jinja")), "plain")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 PLAIN_TEXT = "<bos>{prompt}<sep>{completion}<eos>"
+
+
+class TooSlow(DataError):
+    """A template that does not come to an end."""
 
 
 class Template:
@@ -39,10 +45,12 @@ class Template:
 
     def render(self, messages: list[Any], tools: Any, open_turn: bool) -> str:
         """Text of the messages; `open_turn` ends it where the model is to speak. Raises DataError."""
+        messages = [_with_reasoning(message) if len(message) > 2 else message for message in messages]
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": open_turn, "documents": None}
         try:
-            text = self.compiled.render(
-                messages=messages, tools=tools, add_generation_prompt=open_turn, documents=None, **self.specials
-            )
+            text = str(limited(self.compiled.render, given | self.specials))
+        except TimeoutError as error:
+            raise TooSlow(f"template {self.name} failed: {error}") from None
         except jinja2.TemplateError as error:
             raise DataError(f"template {self.name} refused it: {error.message or type(error).__name__}") from None
         except Exception as error:  # a template is a program from elsewhere: any of Python's errors may come out
@@ -50,6 +58,12 @@ class Template:
         if len(text) > MAX_OUTPUT:
             raise DataError(f"template {self.name} wrote {len(text)} characters")
         return text
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning goes by any of its names has it by those that templates read, as in transformers."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _header(source: str) -> dict[str, Any]:

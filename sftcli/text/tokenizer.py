@@ -1,7 +1,7 @@
 """A tokenizer.json at work: rendered text into ids with segments, content never into control tokens."""
 
-import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from sftcli.artifacts import fingerprint
 from sftcli.errors import CheckpointError, DataError
 from sftcli.rows import Segment
+from sftcli.text.renamed import Renamed
 from sftcli.text.speaker import Rendered
 
 NEAR = 8  # characters behind a hard cut that a pre-tokenizer may look at
@@ -47,12 +48,12 @@ class Codec:
         self.added = {token["content"]: token["id"] for token in added}
         self.special_ids = {token["id"] for token in added if token["special"]}
         # some tokenizers keep runs of spaces as added tokens: those control nothing
-        self.control = _pattern(token["content"] for token in added if token["special"] or token["content"].strip())
+        self.controls = {t["content"]: t["id"] for t in added if t["special"] or t["content"].strip()}
+        self.control = _pattern(self.controls)
         self.ends = _pattern(token["content"] for token in added if token["special"])
         self.counts = Counts()
         self.words = None if self.tokenizer.normalizer else self.tokenizer.pre_tokenizer
         self.left_words: dict[str, Any] = {}
-        self._plain: Tokenizer | None = None
 
     @cached_property
     def size(self) -> int:
@@ -65,16 +66,36 @@ class Codec:
         model = self.json["model"]
         return model.get("type") == "WordLevel" and model.get("unk_token") not in model["vocab"]
 
-    @property
-    def plain(self) -> Tokenizer:
-        """The same tokenizer without added tokens: it cannot produce a control id from text."""
-        if self._plain is None:
-            bare = {**self.json, "added_tokens": [], "post_processor": None}
-            if self.json["model"].get("type") == "WordLevel":
-                words = {w: i for w, i in self.json["model"]["vocab"].items() if w not in self.added}
-                bare["model"] = {**self.json["model"], "vocab": words}
-            self._plain = Tokenizer.from_str(json.dumps(bare))
-        return self._plain
+    @cached_property
+    def _renamed(self) -> Renamed:
+        """The same tokenizer with other names for its control tokens: it cannot produce a control id from content."""
+        return Renamed(self.json, self.controls)
+
+    @cached_property
+    def _inside(self) -> set[str]:
+        """Pairs of characters that stand side by side in an added token: it may reach across a cut between them."""
+        return {a + b for token in self.added for a, b in pairwise(token)}
+
+    @cached_property
+    def _added_sizes(self) -> list[int]:
+        """Lengths of added tokens, the longest first."""
+        return sorted({len(token) for token in self.added}, reverse=True)
+
+    @cached_property
+    def _folds(self) -> bool:
+        """Whether text is normalised before control tokens are looked for: other spellings become them too."""
+        added = self.json.get("added_tokens") or ()
+        found = any(token.get("normalized") and token["content"] in self.controls for token in added)
+        return found and self.tokenizer.normalizer is not None
+
+    @cached_property
+    def _unwritable(self) -> set[int]:
+        """Ids that content may not have; that of unknown characters comes from any text."""
+        model = self.json["model"]
+        unknown = model.get("unk_token") or ""
+        if model.get("type") == "Unigram" and model.get("unk_id") is not None:
+            unknown = model["vocab"][model["unk_id"]][0]
+        return set(self.controls.values()) - {self.controls.get(unknown)}
 
     def decode(self, ids: list[int], keep_special: bool = False) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=not keep_special))
@@ -86,10 +107,29 @@ class Codec:
 
     def encode(self, texts: list[Rendered]) -> list[Encoded]:
         """Ids and token segments of rendered texts. A hard cut lies where the model's own words begin."""
-        parts = [self._stretches(text) for text in texts]
-        stretches = [(text, start, end) for text, spans in zip(texts, parts, strict=True) for start, end in spans]
-        encodings = iter(self._encode_stretches(stretches))
-        return [self._assemble(text, spans, encodings) for text, spans in zip(texts, parts, strict=True)]
+        work = self.prepare(texts)
+        return self.finish(work, self.run(work))
+
+    def prepare(self, texts: list[Rendered]) -> "Work":
+        """What the library has to encode for some texts. Stretches with control strings in content go apart."""
+        spans = [self._stretches(text) for text in texts]
+        stretches = [(text, start, end) for text, cuts in zip(texts, spans, strict=True) for start, end in cuts]
+        pieces = [text.text[start:end] for text, start, end in stretches]
+        anchors = [self._anchor(text, start) for text, start, _ in stretches]
+        forged = [self._forged(text, start, end) for text, start, end in stretches]
+        windows = self._windows(stretches)
+        strings = [anchor + piece for anchor, piece, found in zip(anchors, pieces, forged, strict=True) if not found]
+        strings += [text for _, text, _ in windows]
+        return Work(texts, spans, stretches, pieces, anchors, forged, windows, strings)
+
+    def run(self, work: "Work") -> list[Any]:
+        """The library's part: it changes nothing here and lets go of the interpreter, so threads may do it."""
+        return self._batch(self.tokenizer, work.strings)
+
+    def finish(self, work: "Work", encodings: list[Any]) -> list[Encoded]:
+        """Ids and segments of the texts, from what the library made of them."""
+        results = iter(self._results(work, iter(encodings)))
+        return [self._assemble(text, spans, results) for text, spans in zip(work.texts, work.spans, strict=True)]
 
     def _stretches(self, text: Rendered) -> list[tuple[int, int]]:
         """What is encoded apart: the text between hard cuts, but for cuts that the tokenizer makes by itself."""
@@ -112,7 +152,8 @@ class Codec:
         """The text before a cut, back to the last control token or WINDOW characters."""
         left = text.text[max(0, cut - WINDOW) : cut]
         if self.control and (last := list(self.control.finditer(left))):
-            left = left[last[-1].end() :]
+            reaches = self._strips or self._writes_a_space_first  # what the token does to what follows it matters
+            left = left[last[-1].start() if reaches else last[-1].end() :]
         return left
 
     def _assemble(
@@ -135,27 +176,20 @@ class Codec:
                     break
         return ids, segments
 
-    def _encode_stretches(self, stretches: list[tuple[Rendered, int, int]]) -> Iterator[tuple[list[int], "_Bounds"]]:
-        """Encode whole stretches at once (the library's threads); those with control strings in content go apart."""
-        texts = [text.text[start:end] for text, start, end in stretches]
-        anchors = [self._anchor(text, start) for text, start, _ in stretches]
-        forged = [self._forged(text, start, end) for text, start, end in stretches]
-        windows = self._windows(stretches)
-        safe = [anchor + piece for anchor, piece, found in zip(anchors, texts, forged, strict=True) if not found]
-        encoded = iter(self._batch(self.tokenizer, safe + [text for _, text, _ in windows]))
+    def _results(self, work: "Work", encoded: Iterator[Any]) -> list[tuple[list[int], "_Bounds"]]:
+        """Ids and bounds of every stretch. Counts last: work that fails is done again, line by line."""
         results = [
-            self._taken_off(next(encoded), anchor, piece) if not found else None
-            for anchor, piece, found in zip(anchors, texts, forged, strict=True)
+            self._defused(anchor, *stretch) if found else self._taken_off(next(encoded), anchor, piece)
+            for stretch, anchor, piece, found in zip(
+                work.stretches, work.anchors, work.pieces, work.forged, strict=True
+            )
         ]
-        for right, text, cut in windows:
+        self.counts.defused += sum(map(len, work.forged))
+        for right, text, cut in work.windows:
             joint, before, after = next(encoded), results[right - 1], results[right]
-            if before is not None and after is not None:
+            if not work.forged[right - 1] and not work.forged[right]:
                 self.counts.merges_cut += _merged(joint, cut, len(text), before[0], after[0])
-        for piece, found, result in zip(texts, forged, results, strict=True):
-            if result is None:
-                result = self._encode_defused(piece, found)
-                self.counts.defused += len(found)
-            yield result
+        return results
 
     @cached_property
     def _writes_a_space_first(self) -> bool:
@@ -171,17 +205,23 @@ class Codec:
         if not start or not self._writes_a_space_first:
             return ""
         before = text.text[:start]
-        return next((token for token in self.added if before.endswith(token)), "\n")
+        end = len(before.rstrip()) if self._strips else start
+        for size in self._added_sizes:
+            if before[max(end - size, 0) : end] in self.added and not _overlaps(text.content, end - size, end):
+                return before[end - size :]
+        return "\n"
 
-    def _taken_off(self, encoding: Any, anchor: str, piece: str) -> tuple[list[int], "_Bounds"]:
+    def _taken_off(
+        self, encoding: Any, anchor: str, piece: str, tokenizer: Tokenizer | None = None
+    ) -> tuple[list[int], "_Bounds"]:
         """Ids of a piece, and where its characters lie in them, of the encoding of anchor + piece."""
         ids, size = encoding.ids, len(anchor)
         if not anchor:
-            return ids, _Bounds([(0, 0, encoding)], len(piece), len(ids))
+            return ids, _Bounds(encoding, 0, 0, len(piece), len(ids))
         before = [end for start, end in encoding.offsets if start < size]
         if max(before, default=0) > size:  # the anchor became one token with what follows
-            return self._taken_off(self._batch(self.tokenizer, [piece])[0], "", piece)
-        return ids[len(before) :], _Bounds([(-size, -len(before), encoding)], len(piece), len(ids) - len(before))
+            return self._taken_off(self._batch(tokenizer or self.tokenizer, [piece])[0], "", piece)
+        return ids[len(before) :], _Bounds(encoding, size, len(before), len(piece), len(ids) - len(before))
 
     def _windows(self, stretches: list[tuple[Rendered, int, int]]) -> list[tuple[int, str, int]]:
         """(number of the stretch that a hard cut begins, the text around the cut, the cut's place in it)."""
@@ -198,7 +238,7 @@ class Codec:
 
     def _may_merge(self, left: str, right: str) -> bool:
         """False where the pre-tokenizer cuts between the two sides and cuts the left one as it does alone."""
-        if self.words is None:
+        if self.words is None or self._strips or left[-1] + right[:1] in self._inside:
             return True
         if left not in self.left_words:
             if len(self.left_words) >= MAX_LEFT_WORDS:
@@ -220,27 +260,40 @@ class Codec:
         """Control strings of a stretch that overlap content, as (start, end) in the stretch."""
         if not self.control:
             return []
-        found = [(m.start() + start, m.end() + start) for m in self.control.finditer(text.text[start:end])]
-        return [(a - start, b - start) for a, b in found if any(c < b and d > a for c, d in text.content)]
+        found: list[tuple[int, int]] = []
+        for match in self.control.finditer(text.text, start, end):
+            if _overlaps(text.content, *match.span()):
+                found.append((match.start() - start, match.end() - start))
+        if not found and self._folds:
+            found = self._folded(text, start, end)
+        return found
 
-    def _encode_defused(self, text: str, forged: list[tuple[int, int]]) -> tuple[list[int], "_Bounds"]:
-        """Encode the text between genuine control tokens with the tokenizer that knows none."""
+    def _folded(self, text: Rendered, start: int, end: int) -> list[tuple[int, int]]:
+        """Content that becomes control tokens only when it is normalised."""
+        encoding = self._batch(self.tokenizer, [text.text[start:end]])[0]
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        spans = [span for token, span in places if token in self._unwritable]
+        return [(a, b) for a, b in spans if _overlaps(text.content, a + start, b + start)]
+
+    def _defused(self, anchor: str, text: Rendered, start: int, end: int) -> tuple[list[int], "_Bounds"]:
+        """Encode a stretch in which only the control strings that the template wrote are control tokens."""
         assert self.control
-        ids: list[int] = []
-        parts = []
-        at = 0
-        genuine = [m.span() for m in self.control.finditer(text) if m.span() not in forged]
-        for a, b in [*genuine, (len(text), len(text))]:
-            for start, end, tokenizer in ((at, a, self.plain), (a, b, self.tokenizer)):
-                if start == end:
-                    continue
-                encoding = self._batch(tokenizer, [text[start:end]])[0]
-                if tokenizer is self.plain and set(encoding.ids) & set(self.added.values()):
-                    raise DataError("content spells a control token that this tokenizer cannot write as text")
-                parts.append((start, len(ids), encoding))
-                ids += encoding.ids
-            at = b
-        return ids, _Bounds(parts, len(text), len(ids))
+        renamed = self._renamed
+        if renamed.taken.search(text.text, start, end):
+            raise DataError("control strings and private-use characters stand in one text")
+        pieces, at = [], start
+        while match := self.control.search(text.text, at, end):
+            a, b = match.span()
+            forged = _overlaps(text.content, a, b)
+            pieces.append(text.text[at : a + 1] if forged else text.text[at:a] + renamed.names[match[0]])
+            at = a + 1 if forged else b  # a genuine one may begin inside a forged one
+        pieces.append(text.text[at:end])
+        changed = renamed.names.get(anchor.rstrip(), anchor.rstrip()) + anchor[len(anchor.rstrip()) :]
+        encoding = self._batch(renamed.tokenizer, [changed + "".join(pieces)])[0]
+        ids, bounds = self._taken_off(encoding, anchor, "".join(pieces), renamed.tokenizer)
+        if self._unwritable.difference(renamed.ids) & set(ids):
+            raise DataError("content spells a control token that this tokenizer cannot write as text")
+        return [renamed.ids.get(token, token) for token in ids], bounds
 
     def _batch(self, tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
         try:
@@ -261,11 +314,33 @@ def _of_library(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
+def _overlaps(content: list[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether a span has characters of content in it. `content`: in order and disjoint."""
+    before = bisect_left(content, (end,))
+    return before > 0 and content[before - 1][1] > start
+
+
+@dataclass
+class Work:
+    """Texts on their way through the library; `strings` is what it encodes: the safe stretches, then the windows."""
+
+    texts: list[Rendered]
+    spans: list[list[tuple[int, int]]]  # of each text, its stretches
+    stretches: list[tuple[Rendered, int, int]]
+    pieces: list[str]  # the same as text
+    anchors: list[str]
+    forged: list[list[tuple[int, int]]]
+    windows: list[tuple[int, str, int]]
+    strings: list[str]
+
+
 @dataclass
 class _Bounds:
-    """Where characters of a stretch lie in its tokens; parts: (first character, first token, encoding)."""
+    """Where characters of a stretch lie in its tokens. The encoding has `chars` and `tokens` of an anchor before it."""
 
-    parts: list[tuple[int, int, Any]]
+    encoding: Any
+    chars: int
+    tokens: int
     length: int
     count: int
 
@@ -275,26 +350,21 @@ class _Bounds:
             return 0
         if char >= self.length:
             return self.count
-        part = next(p for p in reversed(self.parts) if p[0] <= char)
-        encoding = part[2]
-        for at in range(char - part[0], self._end_of(part) - part[0]):
+        encoding, first = self.encoding, char + self.chars
+        for at in range(first, self.length + self.chars):
             token = encoding.char_to_token(at)
             if token is None:
                 continue  # a character that left no token of its own (normalised away)
-            begins_before = encoding.token_to_chars(token)[0] < char - part[0]
-            while begins_before and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < char - part[0]:
+            begins_before = encoding.token_to_chars(token)[0] < first
+            while begins_before and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < first:
                 token += 1
-            return part[1] + int(token)
-        return part[1] + len(encoding.ids)
-
-    def _end_of(self, part: tuple[int, int, Any]) -> int:
-        following = [p[0] for p in self.parts if p[0] > part[0]]
-        return following[0] if following else self.length
+            return int(token) - self.tokens
+        return self.count
 
 
 def _merged(joint: Any, cut: int, length: int, before: list[int], after: list[int]) -> bool:
     """Whether the text around a cut, encoded in one, has other tokens beside the cut than its two sides have."""
-    at = _Bounds([(0, 0, joint)], length, len(joint.ids)).token_at(cut)
+    at = _Bounds(joint, 0, 0, length, len(joint.ids)).token_at(cut)
     beside = joint.ids[max(at - 1, 0) : at + 1]
     return bool(beside != before[-1:] + after[:1])
 

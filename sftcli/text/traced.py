@@ -6,9 +6,11 @@ So the mask is a fact of rendering: nothing is searched for afterwards. Operatio
 text, which then counts as the template's own.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+CONVERSION = re.compile(r"(%(?:\((\w+)\))?[#0 +-]*\d*(?:\.\d+)?[a-zA-Z%])")  # of `%` formatting
 Span = tuple[int, int, int]  # start, end, number of the message
 
 
@@ -154,12 +156,39 @@ def concat(pieces: Iterable[str]) -> str:
     return "".join(pieces)
 
 
+def formatted(pattern: str, given: Any) -> str:
+    """pattern % given, keeping the trace: a text at %s stays itself, in other conversions it counts as content."""
+    if str.__mod__(pattern, given) == pattern:  # nothing is put in; Python's error where values and places differ
+        return pattern
+    values = iter(given if isinstance(given, tuple) else (given,))
+    found: list[str] = []
+    # (text before, conversion, name in it), ..., text behind
+    texts = CONVERSION.split(pattern)
+    for text, conversion, name in zip(texts[0::3], texts[1::3], texts[2::3], strict=False):
+        if conversion == "%%":
+            found += (text, "%")
+            continue
+        value = given[name] if name else next(values)
+        made = str.__mod__(conversion, {name: value} if name else (value,))
+        plain = conversion.endswith("s") and made == value
+        found += (text, value if plain else value._whole(made) if isinstance(value, Traced) else made)
+    return join_traced([*found, texts[-1]])
+
+
 def trace(value: Any, message: int) -> Any:
-    """A JSON value with every text in it (not the keys of objects) traced to `message`."""
+    """A JSON value with every text in it (the keys of objects too: templates write them) traced to `message`."""
     if isinstance(value, str):
         return Traced(value, ((0, len(value), message),) if value else ())
     if isinstance(value, list):
         return [trace(item, message) for item in value]
     if isinstance(value, dict):
-        return {key: trace(item, message) for key, item in value.items()}
+        return {trace(key, message): trace(item, message) for key, item in value.items()}
     return value
+
+
+def traced_message(value: Any) -> int | None:
+    """The message that the first traced text in a JSON value came from."""
+    if isinstance(value, Traced):
+        return value.spans[0][2] if value.spans else None
+    items = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return next((message for item in items if (message := traced_message(item)) is not None), None)
