@@ -121,6 +121,9 @@ def _options(name: str, recipe: str | None, settings: Sequence[str], **flags: An
 def init(
     data: Annotated[list[str] | None, typer.Argument(metavar="DATA", help="Raw JSONL files, or - .")] = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")] = "base",
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Add --template and its control tokens to this model instead.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="llama or gpt2.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE.")] = None,
     template: Template = None,
@@ -130,12 +133,12 @@ def init(
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
 ) -> None:
-    """Make a tokenizer and an empty GPT from data.
+    """Make a tokenizer and an empty GPT from data, or teach a model's tokenizer a chat template.
 
     \b
     sft init chat.jsonl -o base --preset llama --vocab-size 1024 --set width=192
+    sft init --base MODEL --template chatml -o base
     """
-    from sftcli.stages.init import init as stage
 
     options = _options(
         "init",
@@ -149,6 +152,13 @@ def init(
         tokenizer=tokenizer,
         columns=columns,
     )
+    if base:
+        from sftcli.stages.extend import extend
+
+        extend(base, options, output)
+        return
+    from sftcli.stages.init import init as stage
+
     stage(options, output)
 
 
@@ -247,7 +257,13 @@ def train(
     output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="The run folder.")] = "run",
     epochs: Annotated[float | None, typer.Option(help="Times through the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 for an adapter)."),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="lora", help="Train a low-rank update; --set adapter.rank=16 and more.")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step ...")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="... or its rows.")] = None,
     eval_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Held-out rows.")] = None,
@@ -257,10 +273,11 @@ def train(
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
 ) -> None:
-    """Rows -> a model folder in RUN/model.
+    """Rows -> a model folder in RUN/model, or an adapter in RUN/adapter.
 
     \b
     sft train rows.safetensors -m MODEL -o run --set optimizer.lr=1e-4
+    sft train rows.safetensors -m MODEL -o run --adapter lora --set adapter.targets=[q_proj,v_proj]
     """
     from sftcli.stages.train import train as stage
 
@@ -273,6 +290,7 @@ def train(
     if not model:
         raise UsageError("no model", hint="-m MODEL; `sft init DATA -o base` makes one from nothing")
     settings = [*([f"optimizer.lr={lr}"] if lr is not None else []), *settings]
+    settings = [*([f"adapter.kind={adapter}"] if adapter is not None else []), *settings]
     options = _options(
         "train",
         recipe,
@@ -295,6 +313,10 @@ def generate(
     ] = "-",
     model: Model = None,
     output: Output = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows decoded side by side (32).")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens a row (256).")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 (default) is greedy.")] = None,
@@ -332,6 +354,7 @@ def generate(
         "generate",
         recipe,
         settings,
+        adapter=adapter,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -349,6 +372,64 @@ def generate(
         template_text=template_text,
     )
     complete(options, prompts, model, output, show_batch)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run.")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all else.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens an answer (256).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (default) is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k best.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the best that hold this mass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random streams, one an answer.")] = None,
+    template: Template = None,
+    template_text: TemplateText = None,
+) -> None:
+    """Talk with a model; /help inside lists the commands.
+
+    \b
+    sft chat run --temperature 0.8
+    printf 'Why?\\nAnd how?\\n' | sft chat run > answers.txt
+
+    In a pipe every line is a question (or a command, where it begins with /; // asks what begins so), and its answer is
+    one line: line ends in it are written as \\n, other control characters as \\x1b and the like.
+    """
+    from sftcli.stages.chat import chat as stage
+
+    _filter()
+    options = _options(
+        "generate",
+        None,
+        [],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        template=template,
+        template_text=template_text,
+    )
+    stage(options, model, system)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="An adapter run or a PEFT folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")],
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", metavar="BASE", help="Its base (what the adapter itself names).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (as the base is stored).")] = None,
+) -> None:
+    """Base + adapter -> one model folder, added in float32.
+
+    \b
+    sft merge run -o merged
+    """
+    from sftcli.stages.merge import merge as stage
+
+    stage(adapter, output, model, dtype)
 
 
 @app.command()
@@ -424,6 +505,43 @@ def check(
     options = _options("tokenize", None, [], data=data, columns=columns, template=template, template_text=template_text)
     if not stage(options, model):
         raise typer.Exit(int(Exit.DATA))
+
+
+@app.command("import")
+def import_gguf(
+    file: Annotated[str, typer.Argument(metavar="FILE.gguf", help="A GGUF file, quantised or not.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (what the file has; float32 if quantised).")
+    ] = None,
+) -> None:
+    """A GGUF file -> a model folder: weights, tokenizer, chat template.
+
+    \b
+    sft import model.gguf -o model
+    """
+    from sftcli.stages.import_gguf import import_gguf as stage
+
+    stage(file, output, dtype)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run.")],
+    gguf: Annotated[str, typer.Option("--gguf", metavar="KIND", help="f16, bf16 or q8_0.")],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where to write (model-KIND.gguf in the folder)."),
+    ] = None,
+) -> None:
+    """A model folder -> a GGUF file for llama.cpp, and a Modelfile for Ollama beside it.
+
+    \b
+    sft export run --gguf q8_0 -o model.gguf
+    """
+    from sftcli.stages.export import export as stage
+
+    stage(model, gguf, output)
 
 
 @app.command()

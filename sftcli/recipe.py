@@ -1,6 +1,7 @@
 """The options of everything, as small classes: one section a stage. Checked in a blink, without torch."""
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -117,7 +118,7 @@ class AdamW(Options):
     """AdamW, fused; decay on matrices only."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] | None = None  # None: 1e-3 from nothing, 2e-5 on a pretrained model
+    lr: Annotated[float, Field(gt=0)] | None = None  # None: 1e-3 from nothing, 2e-5 pretrained, 2e-4 an adapter
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -152,9 +153,41 @@ class Schedule(Options):
     decay: Share = 0.2  # wsd only: the last share of the run falls linearly
 
 
+class Lora(Options):
+    """A low-rank update beside frozen linear layers; names are those of the model's Hugging Face modules."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32  # the update counts alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on the update's input
+    targets: list[str] | str = "all-linear"  # of the blocks; or ends of names [q_proj, v_proj], or a regex of paths
+    layers: list[int] | None = None  # None: all
+    rslora: bool = False  # alpha / sqrt(rank)
+    dora: bool = False  # a trained length of every output row
+    lora_plus: Annotated[float, Field(gt=0)] | None = None  # lr of B as a multiple of lr
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: Files = []  # trained as a whole, such as embed_tokens, lm_head
+    rank_pattern: dict[str, Positive] = {}  # end of a path (a regex) -> its own rank, alpha
+    alpha_pattern: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def names_are_patterns(self) -> "Lora":
+        regex = isinstance(self.targets, str) and self.targets != "all-linear"
+        if regex and self.layers is not None:
+            raise ValueError("layers need targets that are names, not a regular expression")
+        for text in [*([str(self.targets)] if regex else []), *self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+        return self
+
+
 class Train(Options):
     """Rows -> a model folder."""
 
+    adapter: Annotated[Lora | None, BeforeValidator(_kind)] = None  # None: all weights are trained
+    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen matrices, under an adapter
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Schedule, BeforeValidator(_kind)] = Schedule()
     epochs: Annotated[float, Field(gt=0)] = 3
@@ -178,11 +211,20 @@ class Train(Options):
     checkpoint_every: Positive | None = None  # steps; None: at the end of every epoch
     keep: Positive = 2
 
+    @model_validator(mode="after")
+    def base_is_frozen(self) -> "Train":
+        if self.base_dtype != "float32" and not self.adapter:
+            raise ValueError(f"base_dtype {self.base_dtype} is for weights that an adapter leaves frozen")
+        if self.base_dtype == "bfloat16" and self.dtype == "float32":
+            raise ValueError("a base in bfloat16 computes in bfloat16: dtype float32 does not fit it")
+        return self
+
 
 class Generate(Options):
     """Prompts -> completions."""
 
     prompts: str | None = None
+    adapter: Files = []  # runs or PEFT folders, each asked in turn; `none` is the base alone
     columns: Columns = {}
     template: str | None = None
     template_text: str | None = None

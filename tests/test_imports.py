@@ -167,7 +167,7 @@ def test_help_is_there_in_a_moment():
 
 
 def test_every_command_has_help_and_an_example():
-    commands = ["init", "tokenize", "mask", "train", "generate", "evaluate", "show", "check", "run"]
+    commands = ["init", "tokenize", "mask", "train", "merge", "generate", "evaluate", "show", "check", "import", "export", "run"]
     for command in commands:
         result = run_in_process(command, "--help")
         assert result.code == 0 and f"sft {command} ".encode() in result.out, command

@@ -1,6 +1,7 @@
 """Optimisers over the right parameters, and the learning rate over the run."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,41 +10,44 @@ from torch.optim import AdamW, Muon, Optimizer
 from sftcli import recipe
 from sftcli.model.gpt import GPT
 
-LR_FROM_NOTHING, LR_PRETRAINED = 1e-3, 2e-5
+LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
 
 
-def build(model: GPT, options: recipe.AdamW | recipe.Muon, lr: float) -> list[Optimizer]:
+def build(
+    model: GPT, options: recipe.AdamW | recipe.Muon, lr: float, lora_plus: float | None = None
+) -> list[Optimizer]:
     """The optimisers of a run. Weight decay acts on matrices, never on norms and biases.
 
     Muon takes the matrices of the blocks (its update rescaled to AdamW's size, arXiv 2502.16982, so that one lr serves
-    both); embeddings, head, norms and biases stay with AdamW.
+    both); embeddings, head, norms and biases stay with AdamW. `lora_plus`: LoRA's B learns at this multiple of the lr.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon: list[nn.Parameter] = []
     if isinstance(options, recipe.Muon):
         muon = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     taken = {id(p) for p in muon}
+    faster = {id(p) for name, p in trained if lora_plus and name.endswith(".lora_B")}
     rest = [p for _, p in trained if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups([p for p in rest if p.ndim >= 2], options.weight_decay, faster, lora_plus)
+    groups += _groups([p for p in rest if p.ndim < 2], 0.0, faster, lora_plus)
     found: list[Optimizer] = []
     if groups:
         found.append(AdamW(groups, lr=lr, betas=options.betas, eps=options.eps, fused=True))
     if muon:
         assert isinstance(options, recipe.Muon)
-        found.append(
-            Muon(
-                muon,
-                lr=lr,
-                momentum=options.momentum,
-                weight_decay=options.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        groups = _groups(muon, options.weight_decay, faster, lora_plus)
+        found.append(Muon(groups, lr=lr, momentum=options.momentum, adjust_lr_fn="match_rms_adamw"))
+    set_lr(found, lr)
     return found
+
+
+def _groups(
+    parameters: list[nn.Parameter], decay: float, faster: set[int], ratio: float | None
+) -> list[dict[str, Any]]:
+    """Parameter groups, none of them empty; `lr_ratio` is the group's share of the run's learning rate."""
+    slow, fast = [p for p in parameters if id(p) not in faster], [p for p in parameters if id(p) in faster]
+    groups = [(slow, 1.0), (fast, ratio or 1.0)]
+    return [{"params": ps, "weight_decay": decay, "lr_ratio": share} for ps, share in groups if ps]
 
 
 def lr_share(step: int, steps: int, schedule: recipe.Schedule) -> float:
@@ -70,7 +74,7 @@ def lr_share(step: int, steps: int, schedule: recipe.Schedule) -> float:
 def set_lr(optimizers: list[Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
 
 
 def state_tensors(model: GPT, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:

@@ -102,7 +102,7 @@ def train_steps(
         rows = [row(i) for i in indices]
         lr = peak_lr * lr_share(number, plan.steps, options.schedule)
         model.train()
-        if options.dropout:
+        if options.dropout or (options.adapter and options.adapter.dropout):
             torch.manual_seed((options.seed << 32) + number)  # dropout too is a function of (seed, step)
         sums = accumulate(model, rows, options.micro_batch_tokens, engine)
         norm = clip(model, options.clip_norm)

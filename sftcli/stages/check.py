@@ -38,7 +38,7 @@ def check(options: Tokenize, model: str) -> bool:
     """Print one line a check on stdout; True if none failed."""
     if not options.data:
         raise UsageError("no data", hint="sft check FILE... -m MODEL")
-    folder = artifacts.model_folder(model)
+    folder, _ = artifacts.model_and_adapter(model)
     codec = codec_for(model, None)
     template = template_for(codec, model, options.template, options.template_text, options.columns)
     config = read_json(folder / "config.json")

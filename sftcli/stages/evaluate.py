@@ -19,20 +19,21 @@ MICRO_BATCH_TOKENS = 8192
 
 def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any]:
     """Loss (per unit of weight), perplexity, token accuracy and bits per byte of rows; `per_row`: a JSONL of nll."""
-    from sftcli.model.checkpoint import load_trained, open_folder
+    from sftcli.model.adapters.peft import applied, open_model
+    from sftcli.model.checkpoint import load_trained
     from sftcli.model.dataset import fitting_rows
     from sftcli.model.scoring import Totals, score_rows
     from sftcli.model.training import choose_engine
     from sftcli.text.folder import load_codec
 
-    folder = open_folder(artifacts.model_folder(model))
+    folder, adapter = open_model(model)
     codec = load_codec(folder.path)
     engine = choose_engine("auto", "auto")
     rows = fitting_rows(source, folder.config, codec.hash)
     network = load_trained(folder).to(engine.device)
     totals = Totals()
     text_bytes, text_nll = 0, 0.0
-    with open_output(per_row) if per_row else console.live() as out:
+    with applied(network, adapter), open_output(per_row) if per_row else console.live() as out:
         for score in score_rows(network, rows, MICRO_BATCH_TOKENS, engine):
             totals.add(score)
             labels = score.row.labels[1:] if score.row.align == "next" else score.row.labels

@@ -12,12 +12,13 @@ import msgspec
 from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
-from sftcli.model.checkpoint import load_trained, open_folder
+from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_model, trained_on_another
+from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
 from sftcli.model.decoding import Completion, Prompt, TextStops, generate, in_order, padded, positions_of
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
-from sftcli.stages.common import codec_for, read_lines_of, template_for
+from sftcli.stages.common import codec_for, encode_lines, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.folder import stop_ids
 from sftcli.text.records import read_record, renamed
@@ -26,6 +27,7 @@ from sftcli.text.tokenizer import Codec
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
 READ_AHEAD = 256  # prompts encoded in one call of the library
+NONE = "none"  # --adapter none: the base alone
 
 
 @dataclass
@@ -61,12 +63,13 @@ class Summary:
 
 def complete(options: Generate, source: str, model: str, output: str | None, show_batch: bool = False) -> Summary:
     """Run the stage."""
-    folder = open_folder(artifacts.model_folder(model))
-    codec = codec_for(model, None)
-    template = template_for(codec, model, options.template, options.template_text, options.columns)
+    folder, adapters = _models(options, model)
+    words = _words_of(model, options)
+    codec = codec_for(words, None)
+    template = template_for(codec, words, options.template, options.template_text, options.columns)
     engine = choose_engine(options.device, options.dtype)
     network = load_trained(folder).to(engine.device)
-    stops, texts = _stop_set(options, codec, folder.path)
+    stops, texts = _stop_set(options, codec, folder.path, artifacts.text_folder(words))
     asked: deque[_Asked] = deque()
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
@@ -75,22 +78,49 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked), failed)
     if show_batch:
         prompts = _with_table(prompts, options)
+    waiting = list(prompts) if len(adapters) > 1 else prompts  # a list can be asked again
     with open_output(output) as out, console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
-        for done in in_order(generate(network, prompts, options, stops, _text_stops(codec, texts))):
-            out.write(_line(asked.popleft(), done, codec, texts, options))
-            out.flush()
-            _count(done, summary)
-            counter.add(1)
+        for name, adapter in adapters:
+            asking = deque(asked) if len(adapters) > 1 else asked
+            with applied(network, adapter):
+                for done in in_order(generate(network, waiting, options, stops, _text_stops(codec, texts))):
+                    out.write(_line(asking.popleft(), done, codec, texts, options, name))
+                    out.flush()
+                    _count(done, summary)
+                    counter.add(1)
         if failed:
             raise failed[0]
     _report(summary)
     return summary
 
 
-def _stop_set(options: Generate, codec: Codec, folder: Path) -> tuple[list[int], list[str]]:
-    """(ids, texts) that end a row: the folder's stop set and --stop, whose control tokens count as ids."""
-    ids = stop_ids(folder) + [codec.added[text] for text in options.stop if text in codec.added]
+def _models(options: Generate, model: str) -> tuple[ModelFolder, list[tuple[str, Adapter | None]]]:
+    """The base, and what it is asked with, one after the other: --adapter, else what -m brings along."""
+    if not options.adapter:
+        folder, own = open_model(model)
+        return folder, [("", own)]
+    folder = open_folder(artifacts.model_and_adapter(model)[0])
+    found = [(name, None if name == NONE else open_adapter(name, folder)) for name in options.adapter]
+    for name, adapter in found:
+        if adapter and trained_on_another(adapter, folder):
+            console.warn(f"generate: adapter {name} was trained on another model than {folder.path}")
+    return folder, found
+
+
+def _words_of(model: str, options: Generate) -> str:
+    """Whose tokenizer, template and stop set count: those of the first adapter that brings them, else of -m."""
+    for name in options.adapter:
+        place = None if name == NONE else artifacts.adapter_folder(name)
+        if place and (place / "tokenizer.json").is_file():
+            return str(place)
+    return model
+
+
+def _stop_set(options: Generate, codec: Codec, *folders: Path) -> tuple[list[int], list[str]]:
+    """(ids, texts) that end a row: the last folder's stop set that there is and --stop (control tokens are ids)."""
+    known = [ids for ids in map(stop_ids, folders) if ids]
+    ids = (known[-1] if known else []) + [codec.added[text] for text in options.stop if text in codec.added]
     texts = [text for text in options.stop if text not in codec.added]
     if "" in texts:
         raise UsageError("--stop must not be empty")
@@ -183,16 +213,16 @@ def _encoded(batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked:
 
 
 def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
-    """The ids of every record, encoded at once; if that fails, one by one, up to the line that it was."""
-    try:
-        encoded = iter(codec.encode([record.text for record in batch if isinstance(record.text, Rendered)]))
-        yield from [next(encoded)[0] if isinstance(record.text, Rendered) else record.text for record in batch]
-    except DataError:
-        for record in batch:
-            try:
-                yield codec.encode([record.text])[0][0] if isinstance(record.text, Rendered) else record.text
-            except DataError as error:
-                raise error.located(record.where) from None
+    """The ids of every record, up to the first that cannot be encoded."""
+    texts = [(record.where, [record.text]) for record in batch if isinstance(record.text, Rendered)]
+    results = iter(encode_lines(codec, texts))
+    for record in batch:
+        if not isinstance(record.text, Rendered):
+            yield record.text
+        elif isinstance(result := next(results), DataError):
+            raise result
+        else:
+            yield result[0][0]
 
 
 def _with_table(prompts: Iterator[Prompt], options: Generate) -> Iterator[Prompt]:
@@ -208,12 +238,14 @@ def _with_table(prompts: Iterator[Prompt], options: Generate) -> Iterator[Prompt
     yield from prompts
 
 
-def _line(ask: _Asked, done: Completion, codec: Codec, texts: list[str], options: Generate) -> bytes:
+def _line(ask: _Asked, done: Completion, codec: Codec, texts: list[str], options: Generate, adapter: str) -> bytes:
     text = codec.decode(done.ids)
     for stop in texts:
         text = text.partition(stop)[0]
     line: dict[str, Any] = {**ask.fields, "completion": text, "completion_ids": done.ids}
     line["finish_reason"] = done.finish_reason
+    if adapter:
+        line["adapter"] = adapter
     if options.n > 1:
         line["sample"] = ask.sample
     if ask.reference is not None:

@@ -9,7 +9,7 @@ from itertools import islice
 import msgspec
 
 from sftcli import console, views
-from sftcli.artifacts import decode_json, json_line, model_folder, open_output
+from sftcli.artifacts import decode_json, json_line, open_output, text_folder
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Mask
 from sftcli.rowfile import is_row_file, write_rows
@@ -65,7 +65,7 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
             raise UsageError("--format neox needs --seq-len N")
         if options.format != "rows" and to_columns:
             raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
-        codec = load_codec(model_folder(model)) if model else None
+        codec = load_codec(text_folder(model)) if model else None
         made = _shown(_counted(_made(options, rule, source, rejects, summary), line), show, codec, line)
         made = _accounted(made, summary, codec, line, to_columns)
         if out is None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sftcli import __version__, artifacts, console
-from sftcli.artifacts import BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
+from sftcli.artifacts import ADAPTER, BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
 from sftcli.errors import UsageError
 from sftcli.recipe import Recipe, dump_recipe
 
-NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL}
+NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL, ADAPTER}
 SHOWN_ANSWERS = 3
 SHOWN_CHARACTERS = 120
 
@@ -116,25 +116,31 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     base = artifacts.model_folder(model)
     inputs: list[str | Path] = [folder / ROWS, base]
     inputs += [recipe.train.eval_data] if recipe.train.eval_data else []
-    stage = _Stage(folder, "train", _settings(recipe.train), inputs, [MODEL])
+    trained = _trained(recipe)
+    stage = _Stage(folder, "train", _settings(recipe.train), inputs, [trained])
     if stage.unchanged():
         return
     from sftcli.model.resume import checkpoints
     from sftcli.stages.train import train
 
-    unfinished = bool(checkpoints(folder)) and not (folder / MODEL).is_dir()
+    unfinished = bool(checkpoints(folder)) and not (folder / trained).is_dir()
     train(recipe.train, str(folder / ROWS), str(base), str(folder), resumed=unfinished)
     stage.done()
+
+
+def _trained(recipe: Recipe) -> str:
+    """What training leaves in the run: a model, or an adapter beside the base."""
+    return ADAPTER if recipe.train.adapter else MODEL
 
 
 def _generate(recipe: Recipe, folder: Path) -> None:
     options = recipe.generate
     assert options and options.prompts
-    stage = _Stage(folder, "generate", _settings(options), [options.prompts, folder / MODEL], [COMPLETIONS])
+    stage = _Stage(folder, "generate", _settings(options), [options.prompts, folder / _trained(recipe)], [COMPLETIONS])
     if not stage.unchanged():
         from sftcli.stages.generate import complete
 
-        complete(options, options.prompts, str(folder / MODEL), str(folder / COMPLETIONS))
+        complete(options, options.prompts, str(folder / _trained(recipe)), str(folder / COMPLETIONS))
         stage.done()
     for number, (_, _, fields) in enumerate(artifacts.read_objects(str(folder / COMPLETIONS))):
         if number == SHOWN_ANSWERS:
@@ -187,11 +193,11 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         model = _base(recipe, folder)
         _data(recipe, folder, model)
         lengths = RowFile(folder / ROWS).lengths()
-        config = open_folder(artifacts.model_folder(model)).config
+        opened = open_folder(artifacts.model_folder(model))
     return {
         "rows": len(lengths),
         "tokens": sum(lengths),
         "longest_row": max(lengths),
         "steps": steps_in_run(lengths, recipe.train),
-        **estimate(config, recipe.train, max(lengths)),
+        **estimate(opened.config, recipe.train, max(lengths), opened.family),
     }

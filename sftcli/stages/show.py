@@ -25,7 +25,7 @@ def show(path: str, count: int, model: str | None) -> None:
     if Path(path).is_dir():
         _show_folder(Path(path))
         return
-    codec = load_codec(artifacts.model_folder(model)) if model else None
+    codec = load_codec(artifacts.text_folder(model)) if model else None
     if is_row_file(path) and Path(path).is_file():
         rows = RowFile(path)
         views.show_record(path, [("rows", f"{len(rows):,}"), ("tokens", f"{sum(rows.lengths()):,}")])
@@ -111,10 +111,18 @@ def _show_metrics(steps: list[tuple[str, Fields]]) -> None:
         screen.print(console.styled([("".join(f"{cell:>18}" for cell in cells), "")]))
 
 
+def _adapter_parts(folder: Path) -> list[tuple[str, str]]:
+    config = artifacts.read_json(folder / artifacts.ADAPTER_CONFIG)
+    names = ("peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return [*((name, str(config[name])) for name in names if config.get(name)), ("adapter", f"{size:,} bytes")]
+
+
 def _show_folder(folder: Path) -> None:
     """A model folder or a run: what is in it."""
     run = (folder / artifacts.RUN).is_file()
-    if not run and not (folder / "config.json").is_file():
+    adapter = artifacts.adapter_folder(str(folder))
+    if not run and not adapter and not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is neither a model folder nor a run")
     model = folder if not run else folder / artifacts.MODEL
     parts: list[tuple[str, str]] = []
@@ -122,6 +130,8 @@ def _show_folder(folder: Path) -> None:
         facts = artifacts.read_json(folder / artifacts.RUN)
         parts += [(key, str(facts[key])) for key in ("started", "command", "sftcli", "torch", "device") if key in facts]
         parts += [("files", ", ".join(sorted(path.name for path in folder.iterdir() if path.name[0] != ".")))]
+    if adapter:
+        parts += _adapter_parts(adapter)
     if (model / "config.json").is_file():
         config = artifacts.read_json(model / "config.json")
         sizes = (

@@ -1,4 +1,4 @@
-"""sft train: rows -> a model folder, with everything a run leaves behind."""
+"""sft train: rows -> a model folder or an adapter, with everything a run leaves behind."""
 
 import os
 import signal
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from sftcli import artifacts, console
-from sftcli.artifacts import METRICS, MODEL, RUN, SAMPLES, file_fingerprint, json_line
+from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, json_line
 from sftcli.errors import SftError, UsageError
 from sftcli.model import resume
+from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
 from sftcli.model.checkpoint import WEIGHTS, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Prompt, generate, in_order
@@ -26,6 +27,7 @@ from sftcli.rows import IGNORE, Row
 from sftcli.stages.training_job import (
     Job,
     Outcome,
+    blank_controls,
     compare,
     has_enough,
     make_job,
@@ -38,7 +40,8 @@ from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.store import recall
 from sftcli.text.template import Template
 
-NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, RUN, artifacts.CHECKPOINTS, artifacts.BASE, artifacts.RECIPE}
+NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifacts.CHECKPOINTS, artifacts.BASE}
+NAMES |= {artifacts.RECIPE}
 
 
 def train(options: Train, source: str, model: str, output: str, resumed: bool = False) -> Outcome:
@@ -57,14 +60,14 @@ def train(options: Train, source: str, model: str, output: str, resumed: bool = 
     if not has_enough(job):  # else early stopping had ended the run that is resumed
         with _stop_signals() as stopped:
             _loop(job, start, stopped)
-    return _finish(job)
+    return _finish(job, model)
 
 
 def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
     """Refuse output folders whose content would be lost."""
     if folder.path.resolve() == (run / MODEL).resolve():
         raise UsageError(f"{run} holds the model to start from, which its new one would replace", hint="another -o")
-    if not resumed and resume.checkpoints(run) and not (run / MODEL).is_dir():
+    if not resumed and resume.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
         )
@@ -72,10 +75,12 @@ def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
 
 def _announce(job: Job, where: str, start: int) -> None:
     options, count = job.options, sum(p.numel() for p in job.model.parameters())
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    share = f" ({trained:,} trained, {trained / count:.2%})" if trained < count else ""
     per_step = f"{options.batch_rows} rows" if options.batch_rows else f"{options.batch_tokens:,} tokens"
     held = f", {len(job.eval_rows):,} held out" if job.eval_rows else ""
     console.note(
-        f"train: {len(job.train_rows):,} rows from {where}{held}; {count:,} parameters"
+        f"train: {len(job.train_rows):,} rows from {where}{held}; {count:,} parameters{share}"
         f"{'' if job.folder.has_weights else f' drawn from seed {options.seed}'}, {job.engine.device} "
         f"{str(job.engine.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
     )
@@ -83,6 +88,12 @@ def _announce(job: Job, where: str, start: int) -> None:
         f"train: {job.plan.steps - start:,} steps of {per_step}; {options.optimizer.kind}, lr {job.lr:g} "
         f"({options.schedule.kind})"
     )
+    if blank := blank_controls(job):
+        told = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in blank)
+        console.warn(
+            f"train: the base has not learned {told}, and its embedding is frozen: "
+            "--set adapter.modules_to_save=[embed_tokens,lm_head] trains it (your model's names for them)"
+        )
     names = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in job.stops)
     console.note(f"train: stop set: {names}") if names else console.warn("train: no stop token is trained")
 
@@ -213,18 +224,17 @@ def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
     return Prompt(row.input_ids[:start], row.id), row.input_ids[start:end]
 
 
-def _finish(job: Job) -> Outcome:
-    """Write the model folder: the last weights, or the best ones under early stopping."""
+def _finish(job: Job, base: str) -> Outcome:
+    """Write the model folder or the adapter: the last weights, or the best ones under early stopping."""
     if job.options.patience and job.best and job.best[1] != job.outcome.steps:
         resume.load_weights(resume.folder_of(job.run, job.best[1]), job.model)
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
-    save_model(job.model, job.folder, job.run / MODEL, job.stops, _template_of_rows(job))
-    outcome = job.outcome
+    outcome, written = job.outcome, _save(job, base)
     if outcome.skipped:
         console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
-    outcome.model = str(job.run / MODEL)
-    outcome.sha256 = file_fingerprint(job.run / MODEL / WEIGHTS)
+    outcome.model = str(written.parent)
+    outcome.sha256 = file_fingerprint(written)
     reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
     reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
@@ -233,6 +243,21 @@ def _finish(job: Job) -> Outcome:
         f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome
+
+
+def _save(job: Job, base: str) -> Path:
+    """Write what was trained; returns the file of its weights."""
+    template = _template_of_rows(job)
+    if not job.options.adapter:
+        save_model(job.model, job.folder, job.run / MODEL, job.stops, template)
+        return job.run / MODEL / WEIGHTS
+    template = folder_template(job.folder.path) if template is None else template
+    stops = job.stops or stop_ids(job.folder.path)
+    extra = {"generation_config.json": json_line({"eos_token_id": stops})} if stops else {}
+    if template is not None:
+        extra["chat_template.jinja"] = template.encode()
+    save_adapter(job.model, job.folder, job.run / ADAPTER, job.options.adapter, base, extra)
+    return job.run / ADAPTER / ADAPTER_WEIGHTS
 
 
 def _template_of_rows(job: Job) -> str | None:

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 import sftcli
 from sftcli import artifacts, console
-from sftcli.artifacts import METRICS, MODEL, RUN, SAMPLES, file_fingerprint
+from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint
 from sftcli.errors import DataError, UsageError
 from sftcli.model import optim, resume
+from sftcli.model.adapters import lora, peft
 from sftcli.model.batches import weight_of
-from sftcli.model.checkpoint import ModelFolder, load_model
+from sftcli.model.checkpoint import DTYPES, ModelFolder, load_model
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.training import Engine, Plan, Report, choose_engine
@@ -30,7 +31,9 @@ from sftcli.rowfile import RowFile, is_row_file, write_rows
 from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
 
-STALE_AFTER = (METRICS, SAMPLES, MODEL, artifacts.CHECKPOINTS)  # what a new training run replaces
+LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
+BLANK = 0.05  # of the usual distance from the mean embedding
+STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER, artifacts.CHECKPOINTS)  # what a new training run replaces
 
 
 @dataclass
@@ -101,12 +104,12 @@ def open_rows(source: str, run: Path) -> tuple[RowFile, str]:
 def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: str, codec: Codec) -> Job:
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
-    engine = choose_engine(options.device, options.dtype)
-    model = load_model(folder, options.seed).to(engine.device)
+    engine = _engine(options)
+    model = _model(options, folder).to(engine.device)
     model.gradient_checkpointing = options.gradient_checkpointing
     lengths = rows.lengths()
     plan = Plan([lengths[i] for i in train_rows], options)
-    lr = options.optimizer.lr or (optim.LR_PRETRAINED if folder.has_weights else optim.LR_FROM_NOTHING)
+    lr = options.optimizer.lr or _default_lr(options, folder)
     return Job(
         options=options,
         folder=folder,
@@ -115,7 +118,7 @@ def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, wher
         train_rows=train_rows,
         eval_rows=eval_rows,
         model=model,
-        optimizers=optim.build(model, options.optimizer, lr),
+        optimizers=optim.build(model, options.optimizer, lr, options.adapter.lora_plus if options.adapter else None),
         engine=engine,
         plan=plan,
         lr=lr,
@@ -125,12 +128,34 @@ def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, wher
             "options": options.model_dump(mode="json"),
             "rows": file_fingerprint(rows.path),
             "eval_data": _file_identity(options.eval_data),
-            "model": _model_fingerprint(folder),
+            "model": peft.identity(folder),
             "threads": torch.get_num_threads(),
             "device": str(engine.device),
             "dtype": str(engine.dtype),
         },
     )
+
+
+def _engine(options: Train) -> Engine:
+    """A base in bfloat16 computes in bfloat16 where nothing else is asked."""
+    small = options.base_dtype == "bfloat16" and options.dtype == "auto"
+    return choose_engine(options.device, "bfloat16" if small else options.dtype)
+
+
+def _model(options: Train, folder: ModelFolder) -> GPT:
+    """The model to train: all of it, or frozen but for an adapter."""
+    if options.adapter and not folder.has_weights:
+        raise UsageError(f"{folder.path} has no weights: an adapter needs a trained base", hint="train without adapter")
+    model = load_model(folder, options.seed, DTYPES[options.base_dtype])
+    if options.adapter:
+        lora.adapt(model, folder.family, options.adapter, options.seed)
+    return model
+
+
+def _default_lr(options: Train, folder: ModelFolder) -> float:
+    if options.adapter:
+        return optim.LR_ADAPTER
+    return optim.LR_PRETRAINED if folder.has_weights else optim.LR_FROM_NOTHING
 
 
 def _eval_rows(options: Train, held_out: list[Row], folder: ModelFolder, codec: Codec) -> list[Row]:
@@ -150,8 +175,16 @@ def _file_identity(path: str | None) -> str | None:
     return file_fingerprint(path) if path and os.path.isfile(path) else None
 
 
-def _model_fingerprint(folder: ModelFolder) -> str:
-    return artifacts.fingerprint(*(file_fingerprint(path) for path in (folder.path / "config.json", *folder.files)))
+def blank_controls(job: Job) -> list[int]:
+    """Control tokens of the rows whose frozen embedding says nothing: as good as the mean of all, as new ones begin."""
+    weight = job.model.embedding.weight.detach()
+    if job.model.embedding.weight.requires_grad:
+        return []
+    seen = {i for number in job.train_rows[:LOOKED_AT] for i in job.rows[number].input_ids}
+    controls = sorted(i for i in seen & job.codec.special_ids if i < len(weight))
+    mean = weight.mean(0, dtype=torch.float32)
+    usual = (weight[:LOOKED_AT] - mean).norm(dim=1).median()
+    return [i for i in controls if float((weight[i].float() - mean).norm()) < BLANK * float(usual)]
 
 
 def start_over(job: Job) -> int:
@@ -165,6 +198,8 @@ def start_over(job: Job) -> int:
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if job.options.adapter:
+        facts["base"] = str(job.folder.path.resolve())  # where `-m RUN` finds what the adapter belongs on
     artifacts.update_json(job.run / RUN, facts | job.settings)
     return 0
 

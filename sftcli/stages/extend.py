@@ -1,0 +1,78 @@
+"""sft init --base: a model whose tokenizer lacks a template's control tokens -> one that has them."""
+
+from dataclasses import replace
+
+import msgspec
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from sftcli import artifacts, console
+from sftcli.artifacts import make_folder, read_json, write_json
+from sftcli.errors import UsageError
+from sftcli.model.checkpoint import load_trained, open_folder, save_model
+from sftcli.model.gpt import GPT
+from sftcli.recipe import Init
+from sftcli.stages.common import missing_controls
+from sftcli.text.folder import load_codec, stop_ids
+from sftcli.text.template import control_tokens, load_template
+from sftcli.text.tokenizer import Codec
+
+NAMES = {"config.json"}
+
+
+def extend(base: str, options: Init, output: str) -> None:
+    """Write a model folder with the template, its control tokens, and a row of the embedding for each of them."""
+    folder = open_folder(artifacts.model_folder(base))
+    codec = load_codec(folder.path)
+    template = load_template(options.template, options.template_text, options.columns, codec.specials)
+    new = missing_controls(template, codec)
+    target = make_folder(output, NAMES)
+    if target.resolve() == folder.path.resolve():
+        raise UsageError(f"{output} is the base itself", hint="another -o")
+    definition = _with_tokens(codec, new)
+    wider = Codec(definition, "the new tokenizer", codec.specials)
+    network = load_trained(folder)
+    _fill_rows(network, [wider.added[token] for token in new], codec.size)
+    folder.json["vocab_size"] = network.config.vocab_size
+    end = control_tokens(template).get("eos")
+    stops = [wider.added[end]] if end in wider.added else []
+    stops += [stop for stop in stop_ids(folder.path) if stop not in stops]
+    save_model(network, folder, target, stops, template.source, folder.dtype)
+    (target / "tokenizer.json").write_bytes(definition)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if end and (target / name).is_file():
+            write_json(target / name, read_json(target / name) | {"eos_token": end})
+    console.note(
+        f"init: {output}: {base} with template {template.name}; {len(new)} new control tokens {', '.join(new)}; "
+        f"vocabulary of {network.config.vocab_size:,}, new rows are the mean of the others; an adapter trains them "
+        f"only under --set adapter.modules_to_save=[embed_tokens,lm_head]"
+    )
+
+
+def _with_tokens(codec: Codec, new: list[str]) -> bytes:
+    """tokenizer.json with further control tokens, whose ids come after all others."""
+    tokenizer = Tokenizer.from_buffer(codec.definition)
+    tokenizer.add_special_tokens(new)
+    return msgspec.json.format(tokenizer.to_str().encode(), indent=2)
+
+
+@torch.no_grad()
+def _fill_rows(model: GPT, ids: list[int], known: int) -> None:
+    """Give new ids the mean of the rows of known tokens; the matrices grow where there is no row to spare."""
+    if not ids:
+        return
+    size = max(model.config.vocab_size, max(ids) + 1)
+    tied = model.head.weight is model.embedding.weight
+
+    def grown(rows: Tensor) -> nn.Parameter:
+        mean = rows[:known].mean(0, keepdim=True)
+        wider = torch.cat([rows, mean.expand(size - len(rows), *rows.shape[1:])])
+        wider[ids] = mean
+        return nn.Parameter(wider)
+
+    model.embedding.weight = grown(model.embedding.weight)
+    model.head.weight = model.embedding.weight if tied else grown(model.head.weight)
+    if model.head.bias is not None:
+        model.head.bias = grown(model.head.bias)
+    model.config = replace(model.config, vocab_size=size)

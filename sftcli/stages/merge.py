@@ -1,0 +1,35 @@
+"""sft merge: a base and its adapter -> one model folder."""
+
+from sftcli import artifacts, console
+from sftcli.errors import CheckpointError, UsageError
+from sftcli.model.adapters.lora import merge as merge_updates
+from sftcli.model.adapters.peft import apply, open_adapter, trained_on_another
+from sftcli.model.checkpoint import DTYPES, load_trained, open_folder, save_model
+from sftcli.text.folder import folder_template, stop_ids
+
+NAMES = {"config.json"}
+
+
+def merge(adapter: str, output: str, model: str | None = None, dtype: str | None = None) -> None:
+    """Write base + adapter as a model folder: added in float32, cast once."""
+    place = artifacts.adapter_folder(adapter)
+    if place is None:
+        raise CheckpointError(f"{adapter} is no adapter: no {artifacts.ADAPTER_CONFIG} in it")
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    base, _ = artifacts.model_and_adapter(model or str(place))
+    target = artifacts.make_folder(output, NAMES)
+    if target.resolve() in (base.resolve(), place.resolve()):
+        raise UsageError(f"{output} holds what is merged", hint="another -o")
+    folder = open_folder(base)
+    found = open_adapter(str(place), folder)
+    if trained_on_another(found, folder):
+        console.warn(f"merge: {adapter} was trained on another model than {base}")
+    network = load_trained(folder)
+    apply(network, found)
+    merge_updates(network)
+    if network.config.tied != folder.config.tied:  # embedding and head were trained apart
+        folder.json["tie_word_embeddings"] = network.config.tied
+    stored = DTYPES[dtype] if dtype else folder.dtype
+    save_model(network, folder, target, stop_ids(place), folder_template(place), stored)
+    console.note(f"merge: {base} and {place}, {len(found.sites)} layers changed, in {str(stored)[6:]}; wrote {output}")
