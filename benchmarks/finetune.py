@@ -25,17 +25,16 @@ from sftcli.recipe import AdamW, Lora, Schedule, Train
 from sftcli.rowfile import RowFile
 from sftcli.stages.train import train
 
-ROWS_A_STEP = 8
 LR = {"full": 2e-5, "lora": 2e-4}
 
 
-def options_of(kind: str, steps: int, seed: int) -> Train:
+def options_of(kind: str, steps: int, rows: int, seed: int) -> Train:
     return Train(
         optimizer=AdamW(lr=LR[kind], betas=(0.9, 0.999), weight_decay=0.0),
         schedule=Schedule(kind="constant", warmup=0.0),
         adapter=Lora(rank=16, alpha=32) if kind == "lora" else None,
         max_steps=steps,
-        batch_rows=ROWS_A_STEP,
+        batch_rows=rows,
         micro_batch_tokens=2048,
         seed=seed,
         sample_rows=0,
@@ -43,9 +42,9 @@ def options_of(kind: str, steps: int, seed: int) -> Train:
     )
 
 
-def ours(rows: str, model: str, kind: str, steps: int, seed: int, output: Path) -> tuple[list[float], float]:
+def ours(rows: str, model: str, options: Train, output: Path) -> tuple[list[float], float]:
     """(loss of each step, seconds)."""
-    outcome = train(options_of(kind, steps, seed), rows, model, str(output))
+    outcome = train(options, rows, model, str(output))
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines], outcome.seconds
 
@@ -59,9 +58,7 @@ def save_start(options: Train, model: str, output: Path) -> None:
     save_adapter(network, folder, output, options.adapter, model, {})
 
 
-def theirs(
-    rows: str, model: str, kind: str, steps: int, seed: int, output: Path, start: Path
-) -> tuple[list[float], float]:
+def theirs(rows: str, model: str, options: Train, output: Path, start: Path) -> tuple[list[float], float]:
     from datasets import Dataset
     from peft import PeftModel
     from torch.utils.data import SequentialSampler
@@ -73,16 +70,16 @@ def theirs(
             return SequentialSampler(self.train_dataset)
 
     file = RowFile(rows)
-    ordered = [file[i] for i in shuffled(len(file), seed, 0)[: steps * ROWS_A_STEP]]
+    ordered = [file[i] for i in shuffled(len(file), options.seed, 0)[: options.max_steps * options.batch_rows]]
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in ordered])
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if kind == "lora":
+    if options.adapter:
         network = PeftModel.from_pretrained(network, start, is_trainable=True)
     config = SFTConfig(
         output_dir=str(output),
-        per_device_train_batch_size=ROWS_A_STEP,
-        max_steps=steps,
-        learning_rate=LR[kind],
+        per_device_train_batch_size=options.batch_rows,
+        max_steps=options.max_steps,
+        learning_rate=options.optimizer.lr,
         lr_scheduler_type="constant",
         warmup_steps=0,
         weight_decay=0.0,
@@ -95,7 +92,7 @@ def theirs(
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
-        seed=seed,
+        seed=options.seed,
     )
     trainer = InOrder(
         model=network,
@@ -132,6 +129,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True, type=Path)
     parser.add_argument("--kind", choices=("full", "lora"), default="lora")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     kind, steps, output = given.kind, given.steps, given.output
@@ -144,15 +142,17 @@ def main() -> None:
     tell(what="before", held_out=held_out_loss(given.model, None, given.heldout))
     found, after = [], []
     for seed in range(given.seeds):
-        losses, seconds = ours(given.rows, given.model, kind, steps, seed, output / f"sft-{seed}")
+        losses, seconds = ours(
+            given.rows, given.model, options_of(kind, steps, given.batch_rows, seed), output / f"sft-{seed}"
+        )
         place = output / f"sft-{seed}" / ("adapter" if kind == "lora" else "model")
         found.append(losses)
         after.append(final(place))
         tell(what=f"sft seed {seed}", first=losses[:10], held_out=after[-1], seconds=round(seconds, 1))
-    start = output / "start"
+    start, options = output / "start", options_of(kind, steps, given.batch_rows, 0)
     if kind == "lora":
-        save_start(options_of(kind, steps, 0), given.model, start)
-    losses, seconds = theirs(given.rows, given.model, kind, steps, 0, output / "trl", start)
+        save_start(options, given.model, start)
+    losses, seconds = theirs(given.rows, given.model, options, output / "trl", start)
     last = final(output / "trl")
     tell(what="trl seed 0", first=losses[:10], held_out=last, seconds=round(seconds, 1))
     spread = statistics.stdev(after) if len(after) > 1 else 0.0

@@ -1,19 +1,20 @@
 """What several stages share: the tokenizer and template that flags name, and lines that are rejected."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import IO
 
 import msgspec
 
-from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, model_folder, name_of, open_output, read_lines
+from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, name_of, open_output, read_lines, text_folder
 from sftcli.console import note
 from sftcli.errors import DataError, UsageError
 from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file
+from sftcli.text.speaker import Rendered
 from sftcli.text.store import remember
-from sftcli.text.template import Template, load_template
-from sftcli.text.tokenizer import Codec
+from sftcli.text.template import Template, control_tokens, load_template
+from sftcli.text.tokenizer import Codec, Encoded
 
 SHOWN_REJECTS = 10
 
@@ -24,7 +25,7 @@ def codec_for(model: str | None, tokenizer: str | None) -> Codec:
         return load_tokenizer_file(tokenizer)
     if not model:
         raise UsageError("no model", hint="-m MODEL (a folder or a run), or --tokenizer FILE")
-    return load_codec(model_folder(model))
+    return load_codec(text_folder(model))
 
 
 def template_for(
@@ -34,7 +35,7 @@ def template_for(
     if name or text is not None:
         template = load_template(name, text, columns, codec.specials)
     else:
-        folder = model_folder(model) if model else None
+        folder = text_folder(model) if model else None
         source = folder_template(folder) if folder else None
         if source is None:
             raise UsageError(
@@ -42,14 +43,18 @@ def template_for(
                 hint="--template chatml|llama3|alpaca|FILE, or --template-text '<bos>{question}<sep>{answer}<eos>'",
             )
         template = Template(source, f"of {folder}", codec.specials)
-    missing = [token for token in template.header.get("controls", ()) if token not in codec.added]
-    used = [token for token in missing if token in template.source.partition("-#}")[2]]
-    if used:
+    if "controls" in template.header and (missing := missing_controls(template, codec)):
         raise UsageError(
-            f"template {template.name} needs the control token {used[0]}, which the tokenizer lacks",
-            hint="use the model's own template, or another --template",
+            f"template {template.name} needs the control token {missing[0]}, which the tokenizer lacks",
+            hint="the model's own template, another --template, or `sft init --base MODEL --template NAME -o NEW`",
         )
     return template
+
+
+def missing_controls(template: Template, codec: Codec) -> list[str]:
+    """The control tokens that a template writes and the tokenizer lacks."""
+    controls, written = control_tokens(template)["controls"], template.source.partition("-#}")[2] or template.source
+    return [token for token in controls if token in written and token not in codec.added]
 
 
 def keep_for_later(codec: Codec, template: Template | None) -> None:
@@ -72,6 +77,27 @@ def read_lines_of(paths: Sequence[str]) -> Iterator[tuple[str, bytes, dict[str, 
                 yield where, line, error
 
 
+def encode_lines(
+    codec: Codec, lines: Sequence[tuple[str, list[Rendered]]], together: Callable[[], list[Encoded]] | None = None
+) -> list[list[Encoded] | DataError]:
+    """The texts of every (file:line, texts), encoded at once; if that fails, one by one, to know which line it was.
+
+    `together`: the end of a call of `codec` on all the texts that was begun elsewhere."""
+    try:
+        whole = together() if together else codec.encode([text for _, texts in lines for text in texts])
+    except DataError:
+        return [_encode_line(codec, where, texts) for where, texts in lines]
+    encoded = iter(whole)
+    return [[next(encoded) for _ in texts] for _, texts in lines]
+
+
+def _encode_line(codec: Codec, where: str, texts: list[Rendered]) -> list[Encoded] | DataError:
+    try:
+        return codec.encode(texts)
+    except DataError as error:
+        return error.located(where)
+
+
 class Rejects:
     """Bad lines under --on-error: the first one stops (fail), or each is counted and written to --rejects (skip)."""
 
@@ -86,7 +112,7 @@ class Rejects:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stack.__exit__(*error)  # type: ignore[arg-type]
+        self.stack.close()  # whatever ended the stage: the lines that were rejected are needed then most of all
 
     def add(self, error: DataError, line: bytes) -> None:
         """Count a bad line, or raise where --on-error fail."""

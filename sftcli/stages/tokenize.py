@@ -1,10 +1,14 @@
 """sft tokenize: raw JSONL -> documents (tokens.jsonl)."""
 
+import os
+import time
 from collections import Counter as Tally
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -13,14 +17,17 @@ from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.rows import RESERVED, Document, encode_document
-from sftcli.stages.common import Rejects, codec_for, keep_for_later, read_lines_of, template_for
+from sftcli.stages.common import Rejects, codec_for, encode_lines, keep_for_later, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.records import Conversation, read_record, renamed
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.template import Template
-from sftcli.text.tokenizer import Codec, Encoded
+from sftcli.text.tokenizer import Codec, Encoded, Work
 
-BATCH = 512  # records whose texts are encoded in one call of the library
+BATCH_ROWS, BATCH_BYTES = 256, 1 << 18  # of input, whose texts are encoded in one call of the library
+MAX_THREADS = 8  # more would wait for the one that reads, renders and writes
+LULL = 0.1  # seconds without a line, after which what is there goes out
+LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass
@@ -59,6 +66,19 @@ class _Bad:
 _Item = _Record | _Bad | SftError | bytes  # an error that ends the input; the output line of a row that came tokenised
 
 
+@dataclass
+class _Batch:
+    """Lines that go through the library together, and its part of the work, which is done in a thread."""
+
+    items: list[_Item]
+    work: Work | None
+    encodings: Future[list[Any]] | None
+
+    @property
+    def ready(self) -> bool:
+        return self.encodings is None or self.encodings.done()
+
+
 def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summary:
     """Run the stage: read every input, write documents, tell on stderr what was done."""
     if not options.data:
@@ -77,50 +97,101 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
             out.writelines(encoded_lines)
             out.flush()
             counter.add(rows)
-    summary.rejected = rejects.count
-    _report(summary, codec, template)
+        line.clear()
+        summary.rejected = rejects.count
+        _report(summary, codec, template)
+        if summary.rows and not summary.documents:
+            raise DataError(f"nothing was tokenised: of {summary.rows:,} rows {summary.rejected:,} were rejected")
     return summary
 
 
 def _lines(
     options: Tokenize, codec: Codec, template: Template, rejects: Rejects, summary: Summary
 ) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """(rows read, output lines) batch by batch; the next batch is rendered while this one is encoded."""
-    batches = _batches(options, codec, template, summary)
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for batch in chain(batches, [None]):
-            future = pool.submit(_encode, batch, codec) if batch else None
-            if pending:
-                yield len(pending[0]), _written(pending[0], pending[1].result(), codec, template, rejects, summary)
-            pending = (batch, future) if batch and future else None
+    """(rows read, output lines) batch by batch; the next ones are rendered while the library's threads encode."""
+    threads = _threads()
+    waiting: deque[_Batch] = deque()
+
+    def first() -> tuple[int, Iterator[bytes]]:
+        batch = waiting.popleft()
+        return len(batch.items), _written(batch.items, _encoded(batch, codec), codec, template, rejects, summary)
+
+    with _calls_in_one_thread(), ThreadPoolExecutor(threads) as pool:
+        try:
+            for items, lull in _batches(options, codec, template, summary):
+                waiting.append(_begun(items, codec, pool))
+                while waiting and (lull or len(waiting) > threads or waiting[0].ready):
+                    yield first()
+            while waiting:
+                yield first()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _batches(options: Tokenize, codec: Codec, template: Template, summary: Summary) -> Iterator[list[_Item]]:
-    """Lines in batches. What ends the input too early is the last item of the last batch: the rows before it count."""
+def _threads() -> int:
+    """One more than there are cores: a thread that has encoded waits for the interpreter before it can go on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 1, MAX_THREADS)
+
+
+@contextmanager
+def _calls_in_one_thread() -> Iterator[None]:
+    """Let the library use one thread a call: ours make several calls at a time, and none waits for the longest text
+    of each, nor do threads without work burn the time of those that have some."""
+    before = os.environ.get(LIBRARY_THREADS)
+    os.environ[LIBRARY_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LIBRARY_THREADS]
+        else:
+            os.environ[LIBRARY_THREADS] = before
+
+
+def _batches(
+    options: Tokenize, codec: Codec, template: Template, summary: Summary
+) -> Iterator[tuple[list[_Item], bool]]:
+    """Lines in batches, and whether the input made us wait: then they should go out before the next one comes.
+    What ends the input too early is the last item of the last batch: the rows before it count."""
     speaker = Speaker(template, codec.ends)
     batch: list[_Item] = []
+    size, lull, asked = 0, False, time.monotonic()
     try:
         for where, line, fields in read_lines_of(options.data):
+            lull = time.monotonic() - asked > LULL
             summary.rows += 1
+            size += len(line)
             try:
-                if isinstance(fields, DataError):
-                    raise fields
-                conversation = _conversation(fields, where, options, template, summary)
-                if conversation.shape == "tokens":
-                    batch.append(_passed(line, fields, where, codec, summary))
-                else:
-                    batch.append(_Record(where, line, conversation, speaker.documents(conversation)))
+                batch.append(_item(where, line, fields, options, codec, speaker, summary))
             except DataError as error:
                 if options.on_error == "fail":
                     raise error.located(where) from None
                 batch.append(_Bad(line, error.located(where)))
-            if len(batch) == BATCH:
-                yield batch
-                batch = []
+            if len(batch) == BATCH_ROWS or size >= BATCH_BYTES or lull:
+                yield batch, lull
+                batch, size = [], 0
+            asked = time.monotonic()
     except SftError as error:
         batch.append(error)
-    yield batch
+    yield batch, False
+
+
+def _item(
+    where: str,
+    line: bytes,
+    fields: dict[str, msgspec.Raw] | DataError,
+    options: Tokenize,
+    codec: Codec,
+    speaker: Speaker,
+    summary: Summary,
+) -> _Item:
+    if isinstance(fields, DataError):
+        raise fields
+    conversation = _conversation(fields, where, options, speaker.template, summary)
+    if conversation.shape == "tokens":
+        return _passed(line, fields, where, codec, summary)
+    return _Record(where, line, conversation, speaker.documents(conversation))
 
 
 def _conversation(
@@ -147,23 +218,19 @@ def _passed(line: bytes, fields: dict[str, msgspec.Raw], where: str, codec: Code
     return json_line({"id": document.id} | fields | {"tokenizer": codec.hash})
 
 
-def _encode(batch: list[_Item], codec: Codec) -> list[list[Encoded] | DataError]:
-    """The documents of every record, encoded at once; if that fails, one by one, to know which line it was."""
-    records = [item for item in batch if isinstance(item, _Record)]
-    before = replace(codec.counts)
+def _begun(items: list[_Item], codec: Codec, pool: ThreadPoolExecutor) -> _Batch:
     try:
-        encoded = iter(codec.encode([text for record in records for text in record.texts]))
-        return [[next(encoded) for _ in record.texts] for record in records]
-    except DataError:
-        codec.counts = before
-        return [_encode_one(record, codec) for record in records]
+        work = codec.prepare([text for item in items if isinstance(item, _Record) for text in item.texts])
+    except DataError:  # told when the turn of its line comes
+        return _Batch(items, None, None)
+    return _Batch(items, work, pool.submit(codec.run, work))
 
 
-def _encode_one(record: _Record, codec: Codec) -> list[Encoded] | DataError:
-    try:
-        return codec.encode(record.texts)
-    except DataError as error:
-        return error.located(record.where)
+def _encoded(batch: _Batch, codec: Codec) -> list[list[Encoded] | DataError]:
+    """The documents of every record, or why it has none."""
+    work, encodings = batch.work, batch.encodings
+    lines = [(item.where, item.texts) for item in batch.items if isinstance(item, _Record)]
+    return encode_lines(codec, lines, (lambda: codec.finish(work, encodings.result())) if work and encodings else None)
 
 
 def _written(
@@ -192,8 +259,10 @@ def _written(
 def _documents(
     record: _Record, results: list[Encoded], codec: Codec, template: Template, summary: Summary
 ) -> Iterator[bytes]:
-    extra = {name: raw for name, raw in record.conversation.extra.items() if name not in RESERVED}
-    summary.left_out |= record.conversation.extra.keys() - extra.keys()
+    extra = record.conversation.extra
+    if not RESERVED.isdisjoint(extra):
+        summary.left_out |= extra.keys() & RESERVED
+        extra = {name: raw for name, raw in extra.items() if name not in RESERVED}
     summary.expanded += len(results) > 1
     for number, (ids, segments) in enumerate(results):
         summary.documents += 1

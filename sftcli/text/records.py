@@ -116,7 +116,8 @@ def read_record(
     record.id = str(number if common.id is None else common.id)
     record.source, record.tools = common.source, common.tools
     record.weights = [weight * common.weight for weight in record.weights]
-    record.extra = {name: raw for name, raw in fields.items() if name not in _consumed(shape, wanted)}
+    consumed = _CONSUMED[shape].union(wanted) if shape == "fields" else _CONSUMED[shape]
+    record.extra = {name: raw for name, raw in fields.items() if name not in consumed}
     return record
 
 
@@ -131,10 +132,7 @@ _SHAPE_FIELDS: dict[str, tuple[str, ...]] = {
     "tokens": (),
     "fields": (),
 }
-
-
-def _consumed(shape: Shape, wanted: tuple[str, ...]) -> set[str]:
-    return {*_SHAPE_FIELDS[shape], *Common.__struct_fields__, *(wanted if shape == "fields" else ())}
+_CONSUMED = {shape: frozenset((*names, *Common.__struct_fields__)) for shape, names in _SHAPE_FIELDS.items()}
 
 
 def _get(fields: Mapping[str, msgspec.Raw], name: str, kind: Any, where: str) -> Any:
@@ -220,11 +218,13 @@ def _from_prompt(fields: Mapping[str, msgspec.Raw], where: str) -> Conversation:
     for name, role in sides:
         if bytes(fields[name]).lstrip().startswith(b"["):
             part = _messages(fields, name, where)
+            record.messages += part.messages
+            record.weights += part.weights
+            record.paths += part.paths
         else:
-            part = _blank([{"role": role, "content": _get(fields, name, str, where)}], [f"$.{name}"])
-        record.messages += part.messages
-        record.weights += part.weights
-        record.paths += part.paths
+            record.messages.append({"role": role, "content": _get(fields, name, str, where)})
+            record.weights.append(1.0)
+            record.paths.append(f"$.{name}")
     return record
 
 

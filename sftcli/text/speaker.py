@@ -12,7 +12,7 @@ from typing import Any
 from sftcli.errors import DataError
 from sftcli.text.records import Conversation
 from sftcli.text.template import Template, TooSlow
-from sftcli.text.traced import join_traced, trace
+from sftcli.text.traced import Traced, trace
 
 MAX_LITERALS = 1024  # sequences of roles whose literals are kept
 OWN_ROLE = "assistant"
@@ -125,11 +125,15 @@ class Speaker:
 
     def _filled(self, messages: list[dict[str, Any]], open_turn: bool) -> str:
         """Contents put between the literals of this sequence of roles."""
-        literals = self._literals(tuple(message["role"] for message in messages), open_turn)
-        pieces = [literals[0]]
+        literals = self._literals(tuple([message["role"] for message in messages]), open_turn)
+        pieces, spans, at = [literals[0]], [], len(literals[0])
         for i, message in enumerate(messages):
-            pieces += (trace(message["content"], i), literals[i + 1])
-        return join_traced(pieces)
+            content, literal = message["content"], literals[i + 1]
+            if content:
+                spans.append((at, at + len(content), i))
+            pieces += (content, literal)
+            at += len(content) + len(literal)
+        return Traced("".join(pieces), tuple(spans))
 
     def _literals(self, roles: tuple[str, ...], open_turn: bool) -> list[str]:
         """What the template writes before, between and after the contents of messages with these roles."""
@@ -226,7 +230,11 @@ def _named(calls_or_tools: list[dict[str, Any]] | None) -> list[str]:
 
 def _spoken(turns: list[_Turn], text: str) -> list[_Turn]:
     """The turns that stand in a text as they were spoken."""
-    return [turn for turn in turns if text.startswith(turn.text[: turn.end])]
+
+    def begins_alike(turn: _Turn) -> bool:
+        return text.startswith(str.__getitem__(turn.text, slice(turn.end)))  # a slice that need not be traced
+
+    return [turn for turn in turns if turn.text is text or begins_alike(turn)]
 
 
 def _segments(
