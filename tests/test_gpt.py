@@ -21,10 +21,10 @@ from model_fixtures import (
     row_logits,
 )
 
-from sftcli.errors import CheckpointError, Exit
+from sftcli.errors import CheckpointError, Exit, UsageError
 from sftcli.model.attention import PAD, Group, RowAttention, Sight, Tokens, attend, visible
 from sftcli.model.batches import groups_of, make_batch
-from sftcli.model.checkpoint import INDEX, WEIGHTS, load_model, open_folder, save_model
+from sftcli.model.checkpoint import INDEX, WEIGHTS, load_model, open_folder, save_model, upstream_tensors
 from sftcli.model.memory import estimate
 from sftcli.model.training import Engine, accumulate
 from sftcli.recipe import Init, Train
@@ -536,3 +536,78 @@ def test_parameters_are_counted_before_the_model_exists(preset, tied, mlp, tmp_p
     count = sum(p.numel() for p in load_model(made).parameters())
     assert parameters(options, VOCABULARY) == count
     assert estimate(made.config, Train(), 24, made.family)["parameters"] == count
+
+
+# ---- shards and dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shards_are_as_large_as_asked_and_load_as_one_model(folder, model, dtype, tmp_path):
+    save_model(model, open_folder(folder), tmp_path / "whole", dtype=dtype)
+    save_model(model, open_folder(folder), tmp_path / "cut", dtype=dtype, shard_size="20KB")
+    shards = sorted((tmp_path / "cut").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "cut" / INDEX).read_text())
+    assert len(shards) > 1 and not (tmp_path / "cut" / WEIGHTS).exists()
+    held = [safetensors.torch.load_file(shard) for shard in shards]
+    sizes = [[t.numel() * t.element_size() for t in tensors.values()] for tensors in held]
+    assert all(sum(size) <= 20_000 or len(size) == 1 for size in sizes)
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+    assert index["weight_map"] == {n: s.name for s, tensors in zip(shards, held, strict=True) for n in tensors}
+    whole = safetensors.torch.load_file(tmp_path / "whole" / WEIGHTS)
+    together = {name: tensor for tensors in held for name, tensor in tensors.items()}
+    assert {t.dtype for t in whole.values()} == {dtype}
+    assert whole.keys() == together.keys() and all(torch.equal(whole[n], together[n]) for n in whole)
+    assert torch.equal(row_logits(model_of(tmp_path / "cut"), IDS), row_logits(model_of(tmp_path / "whole"), IDS))
+
+
+def test_shards_and_dtype_of_ours_load_in_transformers(transformers, folder, model, tmp_path):
+    save_model(model, open_folder(folder), tmp_path / "cut", dtype=torch.bfloat16, shard_size="20KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert theirs.dtype == torch.bfloat16
+    ours = upstream_tensors(model_of(tmp_path / "cut"), open_folder(folder).family, torch.bfloat16)
+    state = theirs.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "-1GB", "5 PB", "0MB", "nanGB", ""])
+def test_senseless_shard_sizes_are_refused(folder, model, text, tmp_path):
+    with pytest.raises(UsageError, match="shard size"):
+        save_model(model, open_folder(folder), tmp_path / "m", shard_size=text)
+    assert list(tmp_path.glob("m*")) == []
+
+
+def test_model_kept_in_bfloat16_holds_the_stored_values_rounded_once(folder):
+    exact, short = load_model(open_folder(folder)), load_model(open_folder(folder), dtype=torch.bfloat16)
+    for a, b in zip(exact.parameters(), short.parameters(), strict=True):
+        assert b.dtype == torch.bfloat16 and torch.equal(a.to(torch.bfloat16), b)
+
+
+def test_weights_stored_as_numbers_of_another_kind_are_refused(folder):
+    change_tensors(folder, lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+    refused(folder, "stored as F64")
+
+
+def test_header_that_lies_about_its_file_is_refused(folder):
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = next(name for name in header if name != "__metadata__")
+    header[name]["data_offsets"][1] += 4
+    text = json.dumps(header).encode().ljust(size)
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    refused(folder, "damaged")
+
+
+def test_tensor_in_two_shards_is_refused(folder, model, tmp_path):
+    save_model(model, open_folder(folder), tmp_path / "cut", shard_size="20KB")
+    first, second = sorted((tmp_path / "cut").glob("model-*.safetensors"))[:2]
+    both = safetensors.torch.load_file(first) | safetensors.torch.load_file(second)
+    safetensors.torch.save_file(both, second)
+    refused(tmp_path / "cut", "stored twice")
+
+
+def test_what_is_wrong_is_told_before_memory_is_taken(folder, monkeypatch):
+    change_tensors(folder, lambda tensors: tensors.pop(max(tensors)))
+    monkeypatch.setattr("sftcli.model.tensorfile._mapped", lambda path: pytest.fail("weights were read"))
+    with pytest.raises(CheckpointError, match="missing"):
+        open_folder(folder)

@@ -63,7 +63,7 @@ class Model:
         template = template_for(self.codec, path, options.template, options.template_text, options.columns)
         self.speaker = Speaker(template, self.codec.ends)
         self.engine = choose_engine(options.device, options.dtype)
-        self.network = load_trained(folder).to(self.engine.device)
+        self.network = load_trained(folder, self.engine.dtype).to(self.engine.device)
         if adapter:
             apply(self.network, adapter)
         self.stops = stop_ids(text_folder(path)) or stop_ids(folder.path)

@@ -68,7 +68,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     codec = codec_for(words, None)
     template = template_for(codec, words, options.template, options.template_text, options.columns)
     engine = choose_engine(options.device, options.dtype)
-    network = load_trained(folder).to(engine.device)
+    network = load_trained(folder, engine.dtype).to(engine.device)
     stops, texts = _stop_set(options, codec, folder.path, artifacts.text_folder(words))
     asked: deque[_Asked] = deque()
     summary = Summary()

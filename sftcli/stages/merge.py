@@ -4,13 +4,15 @@ from sftcli import artifacts, console
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.model.adapters.lora import merge as merge_updates
 from sftcli.model.adapters.peft import apply, open_adapter, trained_on_another
-from sftcli.model.checkpoint import DTYPES, load_trained, open_folder, save_model
+from sftcli.model.checkpoint import DTYPES, SHARD_SIZE, load_trained, open_folder, save_model
 from sftcli.text.folder import folder_template, stop_ids
 
 NAMES = {"config.json"}
 
 
-def merge(adapter: str, output: str, model: str | None = None, dtype: str | None = None) -> None:
+def merge(
+    adapter: str, output: str, model: str | None = None, dtype: str | None = None, shard_size: str = SHARD_SIZE
+) -> None:
     """Write base + adapter as a model folder: added in float32, cast once."""
     place = artifacts.adapter_folder(adapter)
     if place is None:
@@ -31,5 +33,5 @@ def merge(adapter: str, output: str, model: str | None = None, dtype: str | None
     if network.config.tied != folder.config.tied:  # embedding and head were trained apart
         folder.json["tie_word_embeddings"] = network.config.tied
     stored = DTYPES[dtype] if dtype else folder.dtype
-    save_model(network, folder, target, stop_ids(place), folder_template(place), stored)
+    save_model(network, folder, target, stop_ids(place), folder_template(place), stored, shard_size)
     console.note(f"merge: {base} and {place}, {len(found.sites)} layers changed, in {str(stored)[6:]}; wrote {output}")

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from sftcli import artifacts, console
-from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, json_line
+from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint, json_line
 from sftcli.errors import SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
-from sftcli.model.checkpoint import WEIGHTS, ModelFolder, open_folder, save_model
+from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Prompt, generate, in_order
 from sftcli.model.scoring import Totals, total_score
+from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
 from sftcli.recipe import Generate, Train
 from sftcli.rows import IGNORE, Row
@@ -233,8 +234,9 @@ def _finish(job: Job, base: str) -> Outcome:
     outcome, written = job.outcome, _save(job, base)
     if outcome.skipped:
         console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
-    outcome.model = str(written.parent)
-    outcome.sha256 = file_fingerprint(written)
+    outcome.model = str(written[0].parent)
+    hashes = [file_fingerprint(path) for path in written]
+    outcome.sha256 = hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
     reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
     reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
@@ -245,28 +247,28 @@ def _finish(job: Job, base: str) -> Outcome:
     return outcome
 
 
-def _save(job: Job, base: str) -> Path:
-    """Write what was trained; returns the file of its weights."""
-    template = _template_of_rows(job)
-    if not job.options.adapter:
-        save_model(job.model, job.folder, job.run / MODEL, job.stops, template)
-        return job.run / MODEL / WEIGHTS
-    template = folder_template(job.folder.path) if template is None else template
+def _save(job: Job, base: str) -> list[Path]:
+    """Write what was trained; returns the files of its weights."""
+    template, options = _template_of_rows(job), job.options
+    if not options.adapter:
+        dtype = job.folder.dtype if options.save_dtype == "base" else DTYPES[options.save_dtype]
+        save_model(job.model, job.folder, job.run / MODEL, job.stops, template, dtype, options.shard_size)
+        return weight_files(job.run / MODEL)
     stops = job.stops or stop_ids(job.folder.path)
     extra = {"generation_config.json": json_line({"eos_token_id": stops})} if stops else {}
     if template is not None:
         extra["chat_template.jinja"] = template.encode()
-    save_adapter(job.model, job.folder, job.run / ADAPTER, job.options.adapter, base, extra)
-    return job.run / ADAPTER / ADAPTER_WEIGHTS
+    save_adapter(job.model, job.folder, job.run / ADAPTER, options.adapter, base, extra)
+    return [job.run / ADAPTER / ADAPTER_WEIGHTS]
 
 
 def _template_of_rows(job: Job) -> str | None:
-    """The template that the rows were made with, where the folder has another one (or none)."""
+    """The template that the rows were made with, or the folder's own where they do not say (or we do not know it)."""
     made_with = job.rows[0].template
     own = folder_template(job.folder.path)
     if not made_with or (own and Template(own, "own", job.codec.specials).hash == made_with):
-        return None
+        return own
     kept = recall(f"{made_with}.jinja")
     if kept is None:
         console.warn(f"train: template {made_with} of the rows is not known here; the model folder keeps its own")
-    return kept.decode() if kept else None
+    return kept.decode() if kept else own
