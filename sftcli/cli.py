@@ -1,18 +1,27 @@
 """The commands: parse, call a stage, report. Nothing heavy is imported before a command runs."""
 
 import os
-import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from sftcli import __version__, console
+from sftcli import __version__, console, tools
 from sftcli.errors import Exit, SftError, UsageError
+from sftcli.flags import (
+    Columns,
+    Model,
+    Output,
+    RecipeFile,
+    Set,
+    Template,
+    TemplateText,
+    dies_with_its_reader,
+    filter_options,
+    options_of,
+)
 
 HELP = """Supervised fine-tuning as a pipeline of small, visible filters.
 
@@ -60,20 +69,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any option of the recipe, e.g. width=192.")]
-RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE", help="Take this stage's options from a recipe.")
-]
-Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="A model folder or a run.")]
-Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write (standard output).")]
-Columns = Annotated[
-    str | None, typer.Option(metavar="A=B,...", help="Column names: prompt=question,completion=answer.")
-]
-Template = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")
-]
-TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -90,31 +85,6 @@ def _main(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
     console.QUIET = quiet
-
-
-def _filter() -> None:
-    """A filter dies quietly when its reader goes away (`| head -n1`)."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
-def _filter_options(output: str | None, name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
-    """A filter's options; if they are wrong, the next stage of the pipe is told so."""
-    from sftcli.artifacts import open_output
-
-    with open_output(None) if output in (None, "-") else nullcontext():
-        return _options(name, recipe, settings, **flags)
-
-
-def _options(name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
-    """A section's options: the recipe's, then flags that were given, then --set."""
-    from sftcli.recipe import SECTIONS, Recipe, apply_settings, parse, read_yaml
-
-    values: dict[str, Any] = {}
-    if recipe:
-        parse(Recipe, whole := read_yaml(recipe), source=recipe)
-        values = dict(whole.get(name) or {})
-    values |= {key: value for key, value in flags.items() if value is not None and value != []}
-    return parse(SECTIONS[name], apply_settings(values, list(settings), prefix=name), section=name)
 
 
 @app.command()
@@ -140,7 +110,7 @@ def init(
     sft init --base MODEL --template chatml -o base
     """
 
-    options = _options(
+    options = options_of(
         "init",
         recipe,
         settings,
@@ -185,8 +155,8 @@ def tokenize(
     """
     from sftcli.stages.tokenize import tokenize as stage
 
-    _filter()
-    options = _filter_options(
+    dies_with_its_reader()
+    options = filter_options(
         output,
         "tokenize",
         recipe,
@@ -229,8 +199,8 @@ def mask(
     """
     from sftcli.stages.mask import mask as stage
 
-    _filter()
-    options = _filter_options(
+    dies_with_its_reader()
+    options = filter_options(
         output,
         "mask",
         recipe,
@@ -282,7 +252,7 @@ def train(
     from sftcli.stages.train import train as stage
 
     if model and model.endswith((".yaml", ".yml")):
-        from sftcli.recipe import load_recipe
+        from sftcli.recipefile import load_recipe
 
         recipe, model = model, load_recipe(model).model
         if not model:
@@ -291,7 +261,7 @@ def train(
         raise UsageError("no model", hint="-m MODEL; `sft init DATA -o base` makes one from nothing")
     settings = [*([f"optimizer.lr={lr}"] if lr is not None else []), *settings]
     settings = [*([f"adapter.kind={adapter}"] if adapter is not None else []), *settings]
-    options = _options(
+    options = options_of(
         "train",
         recipe,
         settings,
@@ -346,10 +316,10 @@ def generate(
     """
     from sftcli.stages.generate import complete
 
-    _filter()
+    dies_with_its_reader()
     if not model:
         raise UsageError("no model", hint="-m MODEL, a model folder or a run")
-    options = _filter_options(
+    options = filter_options(
         output,
         "generate",
         recipe,
@@ -374,63 +344,8 @@ def generate(
     complete(options, prompts, model, output, show_batch)
 
 
-@app.command()
-def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run.")],
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all else.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens an answer (256).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 (default) is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k best.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the best that hold this mass.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the random streams, one an answer.")] = None,
-    template: Template = None,
-    template_text: TemplateText = None,
-) -> None:
-    """Talk with a model; /help inside lists the commands.
-
-    \b
-    sft chat run --temperature 0.8
-    printf 'Why?\\nAnd how?\\n' | sft chat run > answers.txt
-
-    In a pipe every line is a question (or a command, where it begins with /; // asks what begins so), and its answer is
-    one line: line ends in it are written as \\n, other control characters as \\x1b and the like.
-    """
-    from sftcli.stages.chat import chat as stage
-
-    _filter()
-    options = _options(
-        "generate",
-        None,
-        [],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        template=template,
-        template_text=template_text,
-    )
-    stage(options, model, system)
-
-
-@app.command()
-def merge(
-    adapter: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="An adapter run or a PEFT folder.")],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")],
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", metavar="BASE", help="Its base (what the adapter itself names).")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (as the base is stored).")] = None,
-    shard_size: Annotated[str, typer.Option(help="At most so much in one file.")] = "5GB",
-) -> None:
-    """Base + adapter -> one model folder, added in float32.
-
-    \b
-    sft merge run -o merged
-    """
-    from sftcli.stages.merge import merge as stage
-
-    stage(adapter, output, model, dtype, shard_size)
+app.command()(tools.chat)
+app.command()(tools.merge)
 
 
 @app.command()
@@ -458,7 +373,7 @@ def evaluate(
         raise UsageError("what to evaluate?", hint="ROWS -m MODEL, or --completions FILE")
     if completions:
         metrics = metric or (["regex_match"] if regex else None)
-        results = evaluate_completions(_options("evaluate", recipe, [], metrics=metrics, regex=regex), completions)
+        results = evaluate_completions(options_of("evaluate", recipe, [], metrics=metrics, regex=regex), completions)
     else:
         if not model:
             raise UsageError("no model", hint="-m MODEL, a model folder or a run")
@@ -467,82 +382,10 @@ def evaluate(
         sys.stdout.buffer.write(json_line(results))
 
 
-@app.command()
-def show(
-    path: Annotated[
-        str, typer.Argument(metavar="FILE", help="Data, tokens, rows, metrics, completions, a model or a run.")
-    ],
-    count: Annotated[int, typer.Option("-n", "--count", help="Lines to show.")] = 3,
-    model: Annotated[str | None, typer.Option("-m", "--model", help="Names the tokens.")] = None,
-) -> None:
-    """Any artifact, for people.
-
-    \b
-    sft show run/rows.safetensors -n 5
-    """
-    from sftcli.stages.show import show as stage
-
-    _filter()
-    stage(path, count, model)
-
-
-@app.command()
-def check(
-    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Raw JSONL files, or - .")],
-    model: Model = None,
-    columns: Columns = None,
-    template: Template = None,
-    template_text: TemplateText = None,
-) -> None:
-    """Data, template, tokenizer and model, before a run. Exit code 3 if a check fails.
-
-    \b
-    sft check chat.jsonl -m MODEL
-    """
-    from sftcli.stages.check import check as stage
-
-    if not model:
-        raise UsageError("no model", hint="-m MODEL, a model folder or a run")
-    options = _options("tokenize", None, [], data=data, columns=columns, template=template, template_text=template_text)
-    if not stage(options, model):
-        raise typer.Exit(int(Exit.DATA))
-
-
-@app.command("import")
-def import_gguf(
-    file: Annotated[str, typer.Argument(metavar="FILE.gguf", help="A GGUF file, quantised or not.")],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="The model folder to make.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (what the file has; float32 if quantised).")
-    ] = None,
-) -> None:
-    """A GGUF file -> a model folder: weights, tokenizer, chat template.
-
-    \b
-    sft import model.gguf -o model
-    """
-    from sftcli.stages.import_gguf import import_gguf as stage
-
-    stage(file, output, dtype)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run.")],
-    gguf: Annotated[str, typer.Option("--gguf", metavar="KIND", help="f16, bf16 or q8_0.")],
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Where to write (model-KIND.gguf in the folder)."),
-    ] = None,
-) -> None:
-    """A model folder -> a GGUF file for llama.cpp, and a Modelfile for Ollama beside it.
-
-    \b
-    sft export run --gguf q8_0 -o model.gguf
-    """
-    from sftcli.stages.export import export as stage
-
-    stage(model, gguf, output)
+app.command()(tools.show)
+app.command()(tools.check)
+app.command("import")(tools.import_gguf)
+app.command()(tools.export)
 
 
 @app.command()
@@ -561,7 +404,8 @@ def run(
     sft run recipes/quickstart.yaml --set train.epochs=2
     """
     from sftcli.artifacts import json_line
-    from sftcli.recipe import Recipe, dump_recipe, load_recipe
+    from sftcli.recipe import Recipe
+    from sftcli.recipefile import dump_recipe, load_recipe
     from sftcli.stages import run as stage
 
     if schema:

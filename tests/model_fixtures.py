@@ -11,8 +11,9 @@ import torch
 
 from sftcli.artifacts import fingerprint, json_line
 from sftcli.model.attention import Group, RowAttention
-from sftcli.model.checkpoint import WEIGHTS, load_model, open_folder, upstream_tensors, write_tensors
+from sftcli.model.checkpoint import load_model, open_folder, upstream_tensors
 from sftcli.model.gpt import GPT
+from sftcli.model.tensorfile import WEIGHTS, write_tensors
 from sftcli.model.training import Engine
 from sftcli.recipe import Init
 from sftcli.rows import FORMAT, Row

@@ -40,7 +40,8 @@ from sftcli.model.families import Stored, family_of
 from sftcli.model.gpt import GPT
 from sftcli.model.memory import estimate
 from sftcli.model.training import Plan, accumulate, train_steps
-from sftcli.recipe import AdamW, Lora, Muon, Train, apply_settings, load_recipe, parse
+from sftcli.recipe import AdamW, Lora, Muon, Train
+from sftcli.recipefile import apply_settings, load_recipe, parse
 from sftcli.rowfile import RowFile, write_rows
 from sftcli.stages.train import train
 from sftcli.stages.training_job import make_job

@@ -4,19 +4,8 @@ import pytest
 from conftest import ROOT
 
 from sftcli.errors import UsageError
-from sftcli.recipe import (
-    AdamW,
-    Init,
-    Mask,
-    Muon,
-    Recipe,
-    Train,
-    apply_settings,
-    dump_recipe,
-    load_recipe,
-    parse,
-    read_yaml,
-)
+from sftcli.recipe import AdamW, Init, Mask, Muon, Recipe, Train
+from sftcli.recipefile import apply_settings, dump_recipe, load_recipe, parse, read_yaml
 
 
 def recipe_of(tmp_path, text, *settings):

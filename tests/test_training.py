@@ -36,7 +36,8 @@ from sftcli.model.checkpoint import open_folder
 from sftcli.model.dataset import split, trained_stops
 from sftcli.model.scoring import total_score
 from sftcli.model.training import Plan, train_steps
-from sftcli.recipe import Train, apply_settings, parse
+from sftcli.recipe import Train
+from sftcli.recipefile import apply_settings, parse
 from sftcli.rowfile import RowFile, write_rows
 from sftcli.stages import train as stage
 from sftcli.stages.train import train

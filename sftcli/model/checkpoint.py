@@ -16,10 +16,7 @@ from sftcli.artifacts import cannot_write, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
-from sftcli.model.tensorfile import INDEX as INDEX
-from sftcli.model.tensorfile import WEIGHTS as WEIGHTS
 from sftcli.model.tensorfile import Entry, bytes_of, read_entries, read_tensors, weight_files, write_shards
-from sftcli.model.tensorfile import write_tensors as write_tensors
 
 COMPANIONS = (
     "tokenizer.json",
@@ -125,7 +122,7 @@ def stored_shape(stored: Stored, config: GPTConfig) -> tuple[int, ...]:
 
 
 def load_model(folder: ModelFolder, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of a folder, its weights kept in `dtype`; a folder without weights is initialised from `seed`."""
+    """The model of a folder, its matrices kept in `dtype`; a folder without weights is initialised from `seed`."""
     model = _empty_model(folder.config, dtype)
     if not folder.has_weights:
         model.initialise(seed)
@@ -160,7 +157,8 @@ def _empty_model(config: GPTConfig, dtype: torch.dtype) -> GPT:
         model = GPT(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+            kept = dtype if parameter.ndim >= 2 else torch.float32  # norms and biases: small, and norms need it
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=kept)))
     if config.tied:
         model.head.weight = model.embedding.weight
     return model

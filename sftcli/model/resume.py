@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from sftcli.artifacts import CHECKPOINTS, cannot_write, read_json, write_json
 from sftcli.errors import CheckpointError
-from sftcli.model.checkpoint import replace_folder, write_tensors
+from sftcli.model.checkpoint import replace_folder
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import load_state_tensors, state_tensors
+from sftcli.model.tensorfile import write_tensors
 
 TRAINED, STATE, OPTIMIZER = "trained.safetensors", "state.json", "optimizer.safetensors"
 RNG = "rng"  # torch's CPU generator, beside the optimizer's tensors

@@ -16,7 +16,8 @@ from sftcli.model.adapters.peft import apply, open_model
 from sftcli.model.checkpoint import load_trained
 from sftcli.model.decoding import Held, Prompt, Token, decode
 from sftcli.model.training import choose_engine
-from sftcli.recipe import Generate, parse
+from sftcli.recipe import Generate
+from sftcli.recipefile import parse
 from sftcli.stages.common import codec_for, template_for
 from sftcli.text.folder import stop_ids
 from sftcli.text.records import Conversation

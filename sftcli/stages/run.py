@@ -10,7 +10,8 @@ from typing import Any
 from sftcli import __version__, artifacts, console
 from sftcli.artifacts import ADAPTER, BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
 from sftcli.errors import UsageError
-from sftcli.recipe import Recipe, dump_recipe
+from sftcli.recipe import Recipe
+from sftcli.recipefile import dump_recipe
 
 NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL, ADAPTER}
 SHOWN_ANSWERS = 3

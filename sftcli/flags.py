@@ -1,0 +1,48 @@
+"""What commands share: flags, and how flags, a recipe and --set become a section's options."""
+
+import signal
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import typer
+
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any option of the recipe, e.g. width=192.")]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE", help="Take this stage's options from a recipe.")
+]
+Model = Annotated[str | None, typer.Option("-m", "--model", metavar="MODEL", help="A model folder or a run.")]
+Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write (standard output).")]
+Columns = Annotated[
+    str | None, typer.Option(metavar="A=B,...", help="Column names: prompt=question,completion=answer.")
+]
+Template = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")
+]
+TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
+
+
+def dies_with_its_reader() -> None:
+    """A filter dies quietly when its reader goes away (`| head -n1`)."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def filter_options(output: str | None, name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
+    """A filter's options; if they are wrong, the next stage of the pipe is told so."""
+    from sftcli.artifacts import open_output
+
+    with open_output(None) if output in (None, "-") else nullcontext():
+        return options_of(name, recipe, settings, **flags)
+
+
+def options_of(name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
+    """A section's options: the recipe's, then flags that were given, then --set."""
+    from sftcli.recipe import SECTIONS, Recipe
+    from sftcli.recipefile import apply_settings, parse, read_yaml
+
+    values: dict[str, Any] = {}
+    if recipe:
+        parse(Recipe, whole := read_yaml(recipe), source=recipe)
+        values = dict(whole.get(name) or {})
+    values |= {key: value for key, value in flags.items() if value is not None and value != []}
+    return parse(SECTIONS[name], apply_settings(values, list(settings), prefix=name), section=name)
