@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two processes of tests share two cores
+
 from sftcli import console
 from sftcli.cli import app
 
@@ -21,6 +23,11 @@ TEMPLATES = ("chatml", "llama3", "alpaca", "plain")
 
 settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_pipeline.py"))
 
 
 @dataclass
