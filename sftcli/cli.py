@@ -11,6 +11,7 @@ import typer.core
 from sftcli import __version__, console, tools
 from sftcli.errors import Exit, SftError, UsageError
 from sftcli.flags import (
+    Adapters,
     Columns,
     Model,
     Output,
@@ -278,15 +279,10 @@ def train(
 
 @app.command()
 def generate(
-    prompts: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="Raw JSONL, the same shapes as for training; - .")
-    ] = "-",
+    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="Raw JSONL, as for training; - .")] = "-",
     model: Model = None,
     output: Output = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),
-    ] = None,
+    adapter: Adapters = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows decoded side by side (32).")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens a row (256).")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 (default) is greedy.")] = None,
@@ -298,12 +294,8 @@ def generate(
     n: Annotated[int | None, typer.Option("--n", help="Completions a prompt.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random streams, one a row.")] = None,
     pad_side: Annotated[str | None, typer.Option(help="left (default) or right.")] = None,
-    deterministic: Annotated[
-        bool | None, typer.Option("--deterministic", help="Byte-equal at any batch size; slower.")
-    ] = None,
-    show_batch: Annotated[
-        bool, typer.Option("--show-batch", help="Print ids, mask and positions of the first batch.")
-    ] = False,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Byte-equal, slower.")] = None,
+    show_batch: Annotated[bool, typer.Option("--show-batch", help="Print the first batch: ids, mask ...")] = False,
     columns: Columns = None,
     template: Template = None,
     template_text: TemplateText = None,
@@ -348,40 +340,7 @@ app.command()(tools.chat)
 app.command()(tools.merge)
 
 
-@app.command()
-def evaluate(
-    rows: Annotated[str | None, typer.Argument(metavar="ROWS", help="From sft mask.")] = None,
-    model: Model = None,
-    per_row: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write nll per trained token, a line a row.")
-    ] = None,
-    completions: Annotated[str | None, typer.Option(metavar="FILE", help="Score completions instead.")] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="exact_match, token_f1, regex_match.")] = None,
-    regex: Annotated[str | None, typer.Option(help="What regex_match compares: its first group.")] = None,
-    recipe: RecipeFile = None,
-) -> None:
-    """Score rows under a model, or completions against their references. Prints one JSON object.
-
-    \b
-    sft evaluate rows.safetensors -m run
-    sft evaluate --completions answers.jsonl
-    """
-    from sftcli.artifacts import json_line
-    from sftcli.stages.evaluate import evaluate_completions, evaluate_rows
-
-    if bool(rows) == bool(completions):
-        raise UsageError("what to evaluate?", hint="ROWS -m MODEL, or --completions FILE")
-    if completions:
-        metrics = metric or (["regex_match"] if regex else None)
-        results = evaluate_completions(options_of("evaluate", recipe, [], metrics=metrics, regex=regex), completions)
-    else:
-        if not model:
-            raise UsageError("no model", hint="-m MODEL, a model folder or a run")
-        results = evaluate_rows(str(rows), model, per_row)
-    if per_row != "-":
-        sys.stdout.buffer.write(json_line(results))
-
-
+app.command()(tools.evaluate)
 app.command()(tools.show)
 app.command()(tools.check)
 app.command("import")(tools.import_gguf)

@@ -19,6 +19,10 @@ Columns = Annotated[
 Template = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),
+]
 TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
 
 

@@ -1,11 +1,12 @@
 """Commands beside the pipeline: look at files, talk with a model, turn models into other forms. In cli.py by name."""
 
+import sys
 from typing import Annotated
 
 import typer
 
 from sftcli.errors import Exit, UsageError
-from sftcli.flags import Columns, Model, Template, TemplateText, dies_with_its_reader, options_of
+from sftcli.flags import Columns, Model, RecipeFile, Template, TemplateText, dies_with_its_reader, options_of
 
 
 def chat(
@@ -139,3 +140,36 @@ def export(
     from sftcli.stages.export import export as stage
 
     stage(model, gguf, output)
+
+
+def evaluate(
+    rows: Annotated[str | None, typer.Argument(metavar="ROWS", help="From sft mask.")] = None,
+    model: Model = None,
+    per_row: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write nll per trained token, a line a row.")
+    ] = None,
+    completions: Annotated[str | None, typer.Option(metavar="FILE", help="Score completions instead.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="exact_match, token_f1, regex_match.")] = None,
+    regex: Annotated[str | None, typer.Option(help="What regex_match compares: its first group.")] = None,
+    recipe: RecipeFile = None,
+) -> None:
+    """Score rows under a model, or completions against their references. Prints one JSON object.
+
+    \b
+    sft evaluate rows.safetensors -m run
+    sft evaluate --completions answers.jsonl
+    """
+    from sftcli.artifacts import json_line
+    from sftcli.stages.evaluate import evaluate_completions, evaluate_rows
+
+    if bool(rows) == bool(completions):
+        raise UsageError("what to evaluate?", hint="ROWS -m MODEL, or --completions FILE")
+    if completions:
+        metrics = metric or (["regex_match"] if regex else None)
+        results = evaluate_completions(options_of("evaluate", recipe, [], metrics=metrics, regex=regex), completions)
+    else:
+        if not model:
+            raise UsageError("no model", hint="-m MODEL, a model folder or a run")
+        results = evaluate_rows(str(rows), model, per_row)
+    if per_row != "-":
+        sys.stdout.buffer.write(json_line(results))
