@@ -188,6 +188,9 @@ def mask(
     seq_len: Annotated[int | None, typer.Option(metavar="N", help="Row length of --format neox.")] = None,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Rows may have N tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="drop, error, truncate-prompt or truncate.")] = None,
+    drop_duplicates: Annotated[
+        bool | None, typer.Option("--drop-duplicates", help="Drop and count rows that have come before.")
+    ] = None,
     rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where dropped lines go, with reasons.")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Names tokens in what is shown.")] = None,
     recipe: RecipeFile = None,
@@ -214,6 +217,7 @@ def mask(
         seq_len=seq_len,
         max_length=max_length,
         too_long=too_long,
+        drop_duplicates=drop_duplicates,
         rejects=rejects,
     )
     stage(options, tokens, output, show, model)
@@ -221,7 +225,10 @@ def mask(
 
 @app.command()
 def train(
-    rows: Annotated[str, typer.Argument(metavar="ROWS", help="From sft mask; - .")] = "-",
+    rows: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ROWS", help="From sft mask; - . FILE*0.3: 30% of its rows an epoch, FILE#500: 500."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")
     ] = None,
@@ -248,6 +255,7 @@ def train(
 
     \b
     sft train rows.safetensors -m MODEL -o run --set optimizer.lr=1e-4
+    sft train chat.safetensors 'web.safetensors*0.3' -m MODEL -o run
     sft train rows.safetensors -m MODEL -o run --adapter lora --set adapter.targets=[q_proj,v_proj]
     """
     from sftcli.stages.train import train as stage
@@ -274,7 +282,7 @@ def train(
         eval_share=eval_share,
         seed=seed,
     )
-    stage(options, rows, model, output, resume)
+    stage(options, rows or ["-"], model, output, resume)
 
 
 @app.command()

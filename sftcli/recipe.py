@@ -103,6 +103,7 @@ class Mask(Options):
     max_length: Positive | None = None
     too_long: Literal["drop", "error", "truncate-prompt", "truncate"] = "drop"
     rejects: str | None = None
+    drop_duplicates: bool = False  # rows whose ids, labels and weights have come before
 
 
 class AdamW(Options):
@@ -189,6 +190,7 @@ class Train(Options):
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: off
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gradient_checkpointing: bool = False
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}  # source -> times an epoch has its rows (0.3: a share of them)
     seed: Seed = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

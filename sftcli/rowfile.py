@@ -222,6 +222,9 @@ class RowFile:
         following = self.columns["next_sentence_label"][i] if "next_sentence_label" in self.columns else NONE
         return Row(**flat, **texts, turns=self._turns(i), next_sentence_label=None if following == NONE else following)
 
+    def source(self, i: int) -> str | None:
+        return self._text("source", i) or None
+
     def _text(self, name: str, i: int) -> str:
         if name not in self.columns:
             return ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sftcli.model.attention import Group, RowAttention
+from sftcli.model.mixture import Part, drawn
 from sftcli.recipe import Train
 from sftcli.rows import IGNORE, Row
 
@@ -107,6 +108,12 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
+def epoch_order(count: int, options: Train, epoch: int, parts: Sequence[Part] = ()) -> list[int]:
+    """The rows of an epoch as they are trained: all of `count` once, or what `parts` draw."""
+    rows = drawn(parts, options.seed, epoch) if parts else range(count)
+    return [rows[i] for i in shuffled(len(rows), options.seed, epoch)]
+
+
 def steps_of(order: Sequence[int], lengths: Sequence[int], options: Train) -> Iterator[list[int]]:
     """Cut an epoch's order into optimizer steps: the next rows that fit, at least one."""
     step: list[int] = []
@@ -123,13 +130,13 @@ def steps_of(order: Sequence[int], lengths: Sequence[int], options: Train) -> It
         yield step
 
 
-def steps_in_run(lengths: Sequence[int], options: Train) -> int:
+def steps_in_run(lengths: Sequence[int], options: Train, parts: Sequence[Part] = ()) -> int:
     """Optimizer steps of a whole run."""
     if options.max_steps:
         return options.max_steps
     whole, part = divmod(options.epochs, 1)
     counts = [
-        sum(1 for _ in steps_of(shuffled(len(lengths), options.seed, epoch), lengths, options))
+        sum(1 for _ in steps_of(epoch_order(len(lengths), options, epoch, parts), lengths, options))
         for epoch in range(math.ceil(options.epochs))
     ]
     return sum(counts[: int(whole)]) + (math.ceil(part * counts[-1]) if part else 0)

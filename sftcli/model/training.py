@@ -10,8 +10,9 @@ import torch
 from torch.optim import Optimizer
 
 from sftcli.errors import Exit, SftError, UsageError
-from sftcli.model.batches import make_batch, micro_batches, shuffled, steps_in_run, steps_of, weight_of
+from sftcli.model.batches import epoch_order, make_batch, micro_batches, steps_in_run, steps_of, weight_of
 from sftcli.model.gpt import GPT
+from sftcli.model.mixture import Part
 from sftcli.model.optim import lr_share, set_lr
 from sftcli.recipe import Train
 from sftcli.rows import Row
@@ -34,15 +35,15 @@ class Report:
 
 
 class Plan:
-    """Which rows make which step: a pure function of the rows' lengths, the options and the seed."""
+    """Which rows make which step: a pure function of the rows' lengths, their parts, the options and the seed."""
 
-    def __init__(self, lengths: Sequence[int], options: Train):
-        self.lengths, self.options = lengths, options
+    def __init__(self, lengths: Sequence[int], options: Train, parts: Sequence[Part] = ()):
+        self.lengths, self.options, self.parts = lengths, options, parts
         self._epoch = lru_cache(maxsize=2)(self._steps_of_epoch)
-        self.steps = steps_in_run(lengths, options)
+        self.steps = steps_in_run(lengths, options, parts)
 
     def _steps_of_epoch(self, epoch: int) -> list[list[int]]:
-        order = shuffled(len(self.lengths), self.options.seed, epoch)
+        order = epoch_order(len(self.lengths), self.options, epoch, self.parts)
         return list(steps_of(order, self.lengths, self.options))
 
     def from_step(self, step: int) -> Iterator[tuple[list[int], float, bool]]:

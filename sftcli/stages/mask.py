@@ -1,5 +1,6 @@
 """sft mask: documents -> rows; which tokens are trained."""
 
+import hashlib
 from collections import Counter as Tally
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -92,6 +93,7 @@ def _accounted(
 def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summary: Summary) -> Iterator[Made]:
     """Every document that leaves something to train, as a row that fits; the others are counted by reason."""
     limit = _limit(options)
+    seen: set[bytes] = set()
     for where, line, fields in read_lines_of([source]):
         if isinstance(fields, DataError):
             raise fields
@@ -100,11 +102,13 @@ def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summa
             made = _row(line, fields, where, summary.rows, rule, options)
             if not made.row.trained():
                 raise causal.NothingTrained("nothing trained")
-            if limit and len(made.row.input_ids) > limit:
+            if too_long := limit is not None and len(made.row.input_ids) > limit:
                 if options.too_long == "error":
                     raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", where, "$.input_ids")
                 made = _cut(made, limit, options.too_long)
-                summary.cut += 1
+            if options.drop_duplicates:
+                _refuse_duplicate(made.row, seen)
+            summary.cut += too_long
             _count(made, summary)
         except causal.NothingTrained as reason:
             summary.dropped[str(reason)] += 1
@@ -115,6 +119,14 @@ def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summa
         except DataError as error:
             raise error.located(where) from None
         yield made
+
+
+def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
+    """Raise NothingTrained for a row that trains what one before it has trained; 16 bytes of each are remembered."""
+    key = hashlib.blake2b(msgspec.json.encode((row.input_ids, row.labels, row.loss_weight)), digest_size=16).digest()
+    if key in seen:
+        raise causal.NothingTrained("duplicate")
+    seen.add(key)
 
 
 def _row(

@@ -186,19 +186,24 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     """Counts, steps and a memory estimate of a recipe; its data stages run in a temporary folder."""
     from sftcli.model.batches import steps_in_run
     from sftcli.model.checkpoint import open_folder
+    from sftcli.model.dataset import split
     from sftcli.model.memory import estimate
+    from sftcli.model.mixture import Input, parts_of
     from sftcli.rowfile import RowFile
 
     with tempfile.TemporaryDirectory(prefix="sft-dry-run-") as temporary:
         folder = Path(temporary)
         model = _base(recipe, folder)
         _data(recipe, folder, model)
-        lengths = RowFile(folder / ROWS).lengths()
+        rows = RowFile(folder / ROWS)
+        lengths = rows.lengths()
+        trained, _ = split(len(rows), recipe.train.eval_share, recipe.train.seed)
+        parts = parts_of(rows, trained, [(Input(ROWS), len(rows))], recipe.train.mix)
         opened = open_folder(artifacts.model_folder(model))
     return {
         "rows": len(lengths),
         "tokens": sum(lengths),
         "longest_row": max(lengths),
-        "steps": steps_in_run(lengths, recipe.train),
+        "steps": steps_in_run([lengths[i] for i in trained], recipe.train, parts),
         **estimate(opened.config, recipe.train, max(lengths), opened.family),
     }

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -45,16 +45,16 @@ NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifac
 NAMES |= {artifacts.RECIPE}
 
 
-def train(options: Train, source: str, model: str, output: str, resumed: bool = False) -> Outcome:
+def train(options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool = False) -> Outcome:
     """Run the stage. Raises SftError; an interrupted run has saved a checkpoint of its last whole step."""
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    rows, where = open_rows(source, run)
+    rows, where, inputs = open_rows(source, run)
     check_rows(rows, folder.config, where)
     check_tokenizer(rows[0].tokenizer, codec.hash, where)
-    job = make_job(options, folder, run, rows, where, codec)
+    job = make_job(options, folder, run, rows, where, codec, inputs)
     resume.remove_leftovers(run)
     start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
     _announce(job, where, start)
@@ -89,6 +89,8 @@ def _announce(job: Job, where: str, start: int) -> None:
         f"train: {job.plan.steps - start:,} steps of {per_step}; {options.optimizer.kind}, lr {job.lr:g} "
         f"({options.schedule.kind})"
     )
+    for part in job.plan.parts:
+        console.note(f"train: {len(part.rows):,} rows of {part.name}: {part.per_epoch:,.6g} an epoch")
     if blank := blank_controls(job):
         told = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in blank)
         console.warn(

@@ -25,6 +25,7 @@ from sftcli.model.batches import weight_of
 from sftcli.model.checkpoint import DTYPES, ModelFolder, load_model
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
+from sftcli.model.mixture import Input, input_of, parts_of
 from sftcli.model.training import Engine, Plan, Report, choose_engine
 from sftcli.recipe import Train
 from sftcli.rowfile import RowFile, is_row_file, write_rows
@@ -82,33 +83,60 @@ class Job:
     outcome: Outcome = field(default_factory=Outcome)
 
 
-def open_rows(source: str, run: Path) -> tuple[RowFile, str]:
-    """The rows as a random-access file: JSON lines (a pipe, say) are first collected into the run folder."""
-    if is_row_file(source):
-        return RowFile(source), source
+def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, list[tuple[Input, int]]]:
+    """(the rows as a random-access file, where they are from, the number of rows of every input).
+
+    JSON lines (a pipe, say) and several inputs are first collected into the run folder, one behind the other."""
+    inputs = [input_of(text) for text in ([source] if isinstance(source, str) else source)]
+    if len(inputs) == 1 and is_row_file(inputs[0].path):
+        file = RowFile(inputs[0].path)
+        return file, inputs[0].path, [(inputs[0], len(file))]
     collected = run / artifacts.ROWS
+    counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
 
     def arriving() -> Iterator[Row]:
-        for where, row, _ in read_rows_jsonl(source):
-            tokenizers.add(row.tokenizer)
-            if len(tokenizers) > 1:
-                raise DataError("rows of two tokenizers", where, "$.tokenizer")
-            yield row
+        for i, item in enumerate(inputs):
+            if Path(item.path).resolve() == collected.resolve():
+                raise UsageError(f"{item.path} is where the rows of this run are collected", hint="another -o")
+            for where, row in _rows_of(item.path):
+                tokenizers.add(row.tokenizer)
+                if len(tokenizers) > 1:
+                    raise DataError("rows of two tokenizers", where, "$.tokenizer")
+                counts[i] += 1
+                yield row
 
-    count = write_rows(collected, arriving())
-    console.note(f"train: received {count:,} rows")
-    return RowFile(collected), artifacts.name_of(source)
+    total = write_rows(collected, arriving())
+    console.note(f"train: received {total:,} rows")
+    where = ", ".join(artifacts.name_of(item.path) for item in inputs)
+    return RowFile(collected), where, list(zip(inputs, counts, strict=True))
 
 
-def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: str, codec: Codec) -> Job:
+def _rows_of(path: str) -> Iterator[tuple[str, Row]]:
+    if is_row_file(path):
+        return ((path, row) for row in RowFile(path))
+    return ((where, row) for where, row, _ in read_rows_jsonl(path))
+
+
+def make_job(
+    options: Train,
+    folder: ModelFolder,
+    run: Path,
+    rows: RowFile,
+    where: str,
+    codec: Codec,
+    inputs: Sequence[tuple[Input, int]] = (),
+) -> Job:
+    """`inputs`: what the rows were collected from, where they do not all count once."""
+    inputs = inputs or [(Input(where), len(rows))]
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = _engine(options)
     model = _model(options, folder).to(engine.device)
     model.gradient_checkpointing = options.gradient_checkpointing
     lengths = rows.lengths()
-    plan = Plan([lengths[i] for i in train_rows], options)
+    parts = parts_of(rows, train_rows, inputs, options.mix)
+    plan = Plan([lengths[i] for i in train_rows], options, parts)
     lr = options.optimizer.lr or _default_lr(options, folder)
     return Job(
         options=options,
@@ -127,6 +155,7 @@ def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, wher
         settings={
             "options": options.model_dump(mode="json"),
             "rows": file_fingerprint(rows.path),
+            "weights": [[item.share, item.rows, count] for item, count in inputs] if parts else None,
             "eval_data": _file_identity(options.eval_data),
             "model": peft.identity(folder),
             "threads": torch.get_num_threads(),
