@@ -267,6 +267,31 @@ def test_many_dropped_rows_are_a_warning(sft, lines):
     assert "warning: mask: 10%" not in sft("mask", data).err
 
 
+# ---- duplicates
+
+
+def test_rows_that_train_the_same_are_dropped_on_request_and_counted(sft, lines, tmp_path):
+    data = lines(
+        TWO_TURNS,
+        {**TWO_TURNS, "id": "again", "source": "elsewhere"},
+        {**TWO_TURNS, "input_ids": [*IDS[:7], 18]},  # another token
+        document((2, 4, "assistant", True, 1.0)),  # the same ids, other labels
+        document((2, 4, "assistant", True, 0.5)),  # the same labels, other weights
+        document((2, 4, "assistant", True, 1.0), (4, 6, "user", False, 1.0)),  # other segments, the same labels
+    )
+    assert len(sft("mask", data).rows) == 6
+    rejects = tmp_path / "rejects.jsonl"
+    result = sft("mask", data, "--drop-duplicates", "--rejects", rejects)
+    everything = sft("mask", data).out.splitlines()
+    assert result.out.splitlines() == [everything[i] for i in (0, 2, 3, 4)]
+    assert f"6 rows in, 4 kept, 0 cut, 2 dropped (2 duplicate, first {data}:2)" in result.err
+    assert [json.loads(line)["line"] for line in rejects.read_bytes().splitlines()] == [2, 6]
+    one_of_each = sft(
+        "mask", data, "--drop-duplicates", "--train-on", "all", "--max-length", 7, "--too-long", "truncate"
+    )
+    assert "6 rows in, 2 kept, 2 cut, 4 dropped (4 duplicate" in one_of_each.err  # after the cut they are the same
+
+
 # ---- stop tokens
 
 

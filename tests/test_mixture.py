@@ -73,7 +73,11 @@ def test_no_row_of_a_part_is_ever_more_than_one_ahead_of_another(shapes, seed, e
 def test_weights_of_one_are_the_plain_order():
     parts = [Part("a", range(0, 7), 7.0), Part("b", range(7, 11), 4.0)]
     for epoch in range(3):
-        assert epoch_order(11, Train(seed=5), epoch, parts) == shuffled(11, 5, epoch) == epoch_order(11, Train(seed=5), epoch)
+        assert (
+            epoch_order(11, Train(seed=5), epoch, parts)
+            == shuffled(11, 5, epoch)
+            == epoch_order(11, Train(seed=5), epoch)
+        )
 
 
 def test_plan_of_a_mixture_is_a_function_of_seed_and_epoch_from_any_step_on():
@@ -103,7 +107,10 @@ def some(base):
 
     def made(count, name, **columns):
         rows = make_rows([6 + i % 5 for i in range(count)], prompt=3, seed=len(name))
-        return [make_row([*r.input_ids, END], [*r.labels, END], f"{name}{i}", **hashed, **columns) for i, r in enumerate(rows)]
+        return [
+            make_row([*r.input_ids, END], [*r.labels, END], f"{name}{i}", **hashed, **columns)
+            for i, r in enumerate(rows)
+        ]
 
     return made
 

@@ -40,6 +40,7 @@ class Summary:
     turn_ends: Tally[int] = field(default_factory=Tally)  # the last token of the model's turns ...
     trained_ends: Tally[int] = field(default_factory=Tally)  # ... and how often it is trained
     lost_fields: set[str] = field(default_factory=set)
+    weights_lost: int = 0  # rows whose weights --format neox cannot hold
     tokenizers: set[str | None] = field(default_factory=set)
 
 
@@ -110,6 +111,7 @@ def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summa
                 _refuse_duplicate(made.row, seen)
             summary.cut += too_long
             _count(made, summary)
+            summary.weights_lost += options.format == "neox" and made.row.loss_weight is not None
         except causal.NothingTrained as reason:
             summary.dropped[str(reason)] += 1
             summary.first_dropped.setdefault(str(reason), where)
@@ -136,7 +138,7 @@ def _row(
         document = decode_json(line, where, Document)
         _check_segments(document, where)
         given = None
-    elif "input_ids" in fields:
+    elif pretokenized.is_tokens(fields):
         document, given = pretokenized.read(line, fields, where, number)
         if given is None and options.train_on in ("own", "last"):
             raise DataError(
@@ -153,7 +155,8 @@ def _row(
     else:
         weights = causal.weights_of(document, rule, options)
     row = causal.row_of(document, causal.after_eod(document, weights, options))
-    extra = {name: raw for name, raw in fields.items() if name not in RESERVED and name not in pretokenized.KNOWN}
+    known = RESERVED | pretokenized.known(fields)
+    extra = {name: raw for name, raw in fields.items() if name not in known}
     return Made(row, document, weights, extra)
 
 
@@ -243,6 +246,10 @@ def _report(summary: Summary, codec: Codec | None) -> None:
         console.warn(f"mask: {dropped / summary.rows:.0%} of the rows were dropped")
     if summary.lost_fields:
         console.note(f"mask: not kept in safetensors: {', '.join(sorted(summary.lost_fields))}")
+    if summary.weights_lost:
+        console.warn(
+            f"mask: GPT-NeoX's labels hold no weights: {summary.weights_lost:,} rows are trained in full there"
+        )
     _report_stops(summary, codec)
 
 

@@ -10,6 +10,7 @@ import msgspec
 from sftcli.artifacts import decode_json
 from sftcli.errors import DataError
 from sftcli.rows import Extra
+from sftcli.text.pretokenized import is_tokens
 
 COMPLETION_NAMES = ("completion", "answer", "output", "response")  # fields that hold the model's own words
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -84,7 +85,7 @@ def shape_of(fields: Mapping[str, msgspec.Raw], wanted: tuple[str, ...], where: 
     """Which raw shape a record has, by its field names. `wanted`: the fields that a text template names."""
     if wanted and all(name in fields for name in wanted):
         return "fields"
-    if "input_ids" in fields:
+    if is_tokens(fields):
         return "tokens"
     if "messages" in fields:
         return "messages"
