@@ -179,7 +179,8 @@ def mask(
     output: Output = None,
     show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows, trained tokens in colour.")] = 0,
     train_on: Annotated[
-        str | None, typer.Option(metavar="RULE", help="own, last, all, after:IDS, between:IDS:IDS.")
+        str | None,
+        typer.Option(metavar="RULE", help="own, own-final, own-reasoning, last, all, after:IDS, between:IDS:IDS."),
     ] = None,
     roles: Annotated[str | None, typer.Option(metavar="A,B", help="Train these roles instead.")] = None,
     no_match: Annotated[str | None, typer.Option(help="drop, error or train rows without the pattern.")] = None,

@@ -94,7 +94,7 @@ class Mask(Options):
     """Documents -> rows: which tokens are trained."""
 
     objective: Objective = Causal()
-    train_on: str = "own"  # own | last | all | after:IDS | between:IDS:IDS
+    train_on: str = "own"  # own | own-final | own-reasoning | last | all | after:IDS | between:IDS:IDS
     roles: Annotated[list[str], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)] = []
     no_match: Literal["drop", "error", "train"] = "drop"
     eod_mask_loss: int | None = None

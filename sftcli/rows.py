@@ -1,6 +1,6 @@
 """The contract between the stages: documents (tokens.jsonl) and rows (what is trained), one JSON line each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,6 +13,7 @@ FORMAT = "sft-rows/1"
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]  # as safetensors columns hold them
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+REASONING = "reasoning"  # the role of own words up to the end of what closes the reasoning; the turn goes on behind it
 Turn = tuple[Int32, Int32, str, Int32]  # start, end, role, number of the turn
 PER_TOKEN = ("loss_weight", "position_ids", "block_position_ids", "order", "token_type_ids")
 
@@ -25,6 +26,21 @@ class Segment(msgspec.Struct, array_like=True, frozen=True):
     role: str
     own: bool
     weight: float = 1.0
+
+
+def own_turns(segments: Sequence[Segment]) -> list[Segment]:
+    """The turns of the model, one segment each: a turn's reasoning and what follows it are one turn."""
+    found: list[Segment] = []
+    reasoned: Segment | None = None
+    for segment in segments:
+        if not segment.own:
+            continue
+        if reasoned and reasoned.end == segment.start:
+            found[-1] = Segment(reasoned.start, segment.end, segment.role, True, segment.weight)
+        else:
+            found.append(segment)
+        reasoned = segment if segment.role == REASONING else None
+    return found
 
 
 class Document(msgspec.Struct, kw_only=True):

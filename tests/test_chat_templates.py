@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from sftcli.artifacts import line_fields
 from sftcli.errors import DataError
+from sftcli.rows import own_turns
 from sftcli.text.records import Conversation, read_record
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.template import Template
@@ -94,7 +95,7 @@ def check(bench, record):
         assert document.text == bench.oracle.apply_chat_template(record.messages[:count], tools=record.tools, tokenize=False)  # fmt: skip
         assert (ids == expected) == (not merged)
         equal += ids == expected
-        starts = [segment.start for segment in segments if segment.own]
+        starts = [turn.start for turn in own_turns(segments)]
         assert len(starts) == len(spoken)
         for i, start in zip(spoken, starts, strict=True):
             prompt, _ = bench.speaker.prompt(cut_at(record, i))

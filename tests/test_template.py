@@ -341,7 +341,8 @@ def test_a_template_that_drops_old_reasoning_gives_one_document_a_turn():
         ("<|im_start|>user\n", "template"),
         ("2+2?", "user"),
         ("<|im_end|>\n<|im_start|>assistant\n", "template"),
-        ("<think>two twos</think>\nfour<|im_end|>", "ASSISTANT"),
+        ("<think>two twos</think>", "REASONING"),
+        ("\nfour<|im_end|>", "ASSISTANT"),
         ("\n", "template"),
     ]
     assert second == [
@@ -352,7 +353,8 @@ def test_a_template_that_drops_old_reasoning_gives_one_document_a_turn():
         ("<|im_end|>\n<|im_start|>user\n", "template"),
         ("3+3?", "user"),
         ("<|im_end|>\n<|im_start|>assistant\n", "template"),
-        ("<think>threes</think>\nsix<|im_end|>", "ASSISTANT"),
+        ("<think>threes</think>", "REASONING"),
+        ("\nsix<|im_end|>", "ASSISTANT"),
         ("\n", "template"),
     ]
 
@@ -373,7 +375,7 @@ def test_a_conversation_without_old_reasoning_stays_one_document():
 
 def test_own_words_are_trained_once_over_all_documents_of_a_conversation():
     record = chat("a", "<think>1</think>b", "c", "<think>2</think>d", "e", "<think>3</think>f")
-    own = [text for document in documents(THINKING, record) for text, role in document if role == "ASSISTANT"]
+    own = ["".join(text for text, role in document if role.isupper()) for document in documents(THINKING, record)]
     assert own == ["<think>1</think>b<|im_end|>", "<think>2</think>d<|im_end|>", "<think>3</think>f<|im_end|>"]
 
 

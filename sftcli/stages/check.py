@@ -8,6 +8,7 @@ from sftcli import artifacts, console
 from sftcli.artifacts import read_json
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Tokenize
+from sftcli.rows import own_turns
 from sftcli.stages.common import codec_for, read_lines_of, template_for
 from sftcli.text.records import Conversation, read_record, renamed
 from sftcli.text.speaker import Rendered, Speaker
@@ -99,10 +100,9 @@ def _examine_batch(
             found.top_id = max(found.top_id, *ids) if ids else found.top_id
             if bos is not None:
                 found.bos_counts[ids.count(bos)] += 1
-            for segment in segments:
-                if segment.own:
-                    found.turns += 1
-                    found.ends[ids[segment.end - 1]] += segment.weight > 0
+            for turn in own_turns(segments):
+                found.turns += 1
+                found.ends[ids[turn.end - 1]] += turn.weight > 0
         for text in texts:
             if codec.control:
                 pieces = (text.text[a:b] for a, b in text.content)

@@ -140,7 +140,7 @@ def _row(
         given = None
     elif pretokenized.is_tokens(fields):
         document, given = pretokenized.read(line, fields, where, number)
-        if given is None and options.train_on in ("own", "last"):
+        if given is None and options.train_on in ("own", "own-final", "own-reasoning", "last"):
             raise DataError(
                 "input_ids with neither segments nor labels nor loss_mask",
                 where,

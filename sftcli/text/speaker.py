@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftcli.errors import DataError
+from sftcli.rows import REASONING as REASONING_ROLE
 from sftcli.text.records import Conversation
 from sftcli.text.template import Template, TooSlow
-from sftcli.text.traced import Traced, trace
+from sftcli.text.traced import REASONING, Traced, trace
 
 MAX_LITERALS = 1024  # sequences of roles whose literals are kept
 OWN_ROLE = "assistant"
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message, as templates and servers name it
+CLOSING_TAG = re.compile(r"</[A-Za-z_]+>")
+OPENING, CLOSING = "<think>", "</think>"  # around reasoning that stands in the content
 SCAFFOLD = "template"  # the role of text that no message holds: headers, separators
 
 TextSegment = tuple[int, int, str, bool, float]  # characters start..end, role, own, weight
@@ -40,6 +44,7 @@ class _Turn:
     start: int
     text: str
     end: int
+    reasoned: int  # behind what closes its reasoning; `start` where it has none
 
 
 class Speaker:
@@ -102,7 +107,10 @@ class Speaker:
                 return self._filled(messages, open_turn)
             if traced:
                 messages = [
-                    {key: value if key == "role" else trace(value, i) for key, value in message.items()}
+                    {
+                        key: value if key == "role" else trace(value, _traced_to(key, i))
+                        for key, value in message.items()
+                    }
                     for i, message in enumerate(messages)
                 ]
                 tools = trace(tools, -1)
@@ -157,10 +165,23 @@ class Speaker:
         text = whole if whole is not None else self._render(conversation, i + 1, False)
         self._refuse_other_opening(conversation, i, text, prompt)
         start = len(prompt)
-        said = max(
-            (end for _, end, message in getattr(text, "spans", ()) if message == i and end > start), default=start
-        )
-        return _Turn(i, start, text, self._turn_end(text, said))
+        said = max((b for _, b, m in getattr(text, "spans", ()) if m % REASONING == i and b > start), default=start)
+        end = self._turn_end(text, said)
+        return _Turn(i, start, text, end, self._reasoned(text, i, start, end))
+
+    def _reasoned(self, text: str, i: int, start: int, end: int) -> int:
+        """Behind what closes the reasoning of message i, whose turn is text[start:end]: a fact of rendering where the
+        message names it, else what stands between <think> tags at the beginning of the turn."""
+        spans, plain = getattr(text, "spans", ()), str.__str__(text)
+        named = [b for a, b, m in spans if m == i + REASONING and a >= start and plain[a:b].strip()]
+        if not named:
+            return _tagged(plain, start, end)
+        said = max(named)
+        if any(start <= a < said for a, _, m in spans if m == i):
+            return start  # content comes first: there is no reasoning that the rest follows
+        limit = min((a for a, _, m in spans if m == i and a >= said), default=end)
+        closings = [pattern.search(plain, said, limit) for pattern in (self.ends, CLOSING_TAG) if pattern]
+        return min((found.span() for found in closings if found), default=(limit, limit))[1]
 
     def _refuse_other_opening(self, conversation: Conversation, i: int, text: str, prompt: str) -> None:
         """What is trained must begin as what will be fed."""
@@ -182,13 +203,16 @@ class Speaker:
     ) -> Rendered:
         """Segments of the text of the first `count` messages. `cuts`: turns that stand in it as spoken; `own`: those
         that it trains."""
-        spans = list(getattr(text, "spans", ()))
+        spans = [(a, b, m % REASONING if m >= 0 else m) for a, b, m in getattr(text, "spans", ())]
         self._refuse_lost_messages(conversation, text, count, {message for _, _, message in spans})
         pieces = [
             (a, b, conversation.messages[m]["role"] if m >= 0 else SCAFFOLD, conversation.weights[m] if m >= 0 else 1.0)
             for a, b, m in spans
         ]
-        mine = [(t.start, t.end, conversation.weights[t.message], t in own) for t in cuts]
+        mine = [
+            (t.start, t.reasoned if t in own else t.start, t.end, conversation.weights[t.message], t in own)
+            for t in cuts
+        ]
         content = [(a, b) for a, b, _ in spans]
         return Rendered(str.__str__(text), _segments(len(text), pieces, mine), content, [turn.start for turn in cuts])
 
@@ -212,6 +236,22 @@ class Speaker:
         if any(name not in text for name in _named(conversation.tools)):
             hint = "leave `tools` out of the data, or use --template"
             raise DataError(f"template {self.template.name} has no place for tools", None, "$.tools", hint)
+
+
+def _traced_to(field: str, message: int) -> int:
+    return message + REASONING if field in REASONING_FIELDS else message
+
+
+def _tagged(text: str, start: int, end: int) -> int:
+    """Behind the closing tag of reasoning at the beginning of text[start:end]; `start` where there is none or it is
+    blank. The opening tag may stand in the prompt."""
+    begin = start + len(text[start:end]) - len(text[start:end].lstrip())
+    if text.startswith(OPENING, begin, end):
+        begin += len(OPENING)
+    elif not text[max(start - 40, 0) : start].rstrip().endswith(OPENING):
+        return start
+    close = text.find(CLOSING, begin, end)
+    return close + len(CLOSING) if close >= 0 and text[begin:close].strip() else start
 
 
 def _called(message: Mapping[str, Any]) -> list[str]:
@@ -238,7 +278,7 @@ def _spoken(turns: list[_Turn], text: str) -> list[_Turn]:
 
 
 def _segments(
-    length: int, pieces: list[tuple[int, int, str, float]], mine: list[tuple[int, int, float, bool]]
+    length: int, pieces: list[tuple[int, int, str, float]], mine: list[tuple[int, int, int, float, bool]]
 ) -> list[TextSegment]:
     """Cover 0..length: the model's turns first, then message content, the rest is scaffold."""
     found: list[TextSegment] = []
@@ -261,9 +301,10 @@ def _segments(
         add(at, end, SCAFFOLD, False, 1.0)
 
     at = 0
-    for start, end, weight, own in mine:
+    for start, reasoned, end, weight, own in mine:
         add_others(at, start)
-        add(start, end, OWN_ROLE, own, weight)
+        add(start, reasoned, REASONING_ROLE, own, weight)
+        add(reasoned, end, OWN_ROLE, own, weight)
         at = end
     add_others(at, length)
     return found

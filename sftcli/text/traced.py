@@ -12,6 +12,7 @@ from typing import Any
 
 CONVERSION = re.compile(r"(%(?:\((\w+)\))?[#0 +-]*\d*(?:\.\d+)?[a-zA-Z%])")  # of `%` formatting
 Span = tuple[int, int, int]  # start, end, number of the message
+REASONING = 1 << 30  # added to the number of a message: the text is its reasoning
 
 
 class Traced(str):

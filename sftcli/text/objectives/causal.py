@@ -6,7 +6,7 @@ import msgspec
 
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Mask
-from sftcli.rows import FORMAT, IGNORE, Document, Row, Segment
+from sftcli.rows import FORMAT, IGNORE, REASONING, Document, Row, Segment, own_turns
 
 Weights = list[float]  # one a token; 0 = not trained
 Rule = Callable[[Document], Weights | None]  # None: nothing in this document matches the rule
@@ -22,9 +22,9 @@ def rule_of(options: Mask) -> Rule:
     if options.roles:
         if options.train_on != "own":
             raise UsageError("--roles and --train-on are two answers to one question: give one of them")
-        return lambda document: by_segment(document, lambda segment: segment.role in options.roles)
-    if name in ("own", "last", "all") and not given:
-        return {"own": own, "last": last, "all": everything}[name]
+        return lambda document: of_roles(document, options.roles)
+    if name in RULES and not given:
+        return RULES[name]
     if name == "after" and given:
         pattern = _ids(given)
         return lambda document: after(document.input_ids, pattern)
@@ -32,7 +32,7 @@ def rule_of(options: Mask) -> Rule:
         start, end = (_ids(part) for part in given.split(":"))
         return lambda document: between(document.input_ids, start, end)
     raise UsageError(
-        f"train_on {options.train_on!r} is unknown", hint="own, last, all, after:4,5 or between:1,1388:2,234"
+        f"train_on {options.train_on!r} is unknown", hint=f"{', '.join(RULES)}, after:4,5 or between:1,1388:2,234"
     )
 
 
@@ -58,8 +58,26 @@ def own(document: Document) -> Weights:
 
 def last(document: Document) -> Weights | None:
     """The last turn of the model only."""
-    turns = [segment for segment in document.segments if segment.own]
-    return by_segment(document, lambda segment: segment is turns[-1]) if turns else None
+    turns = own_turns(document.segments)
+    return by_segment(document, lambda segment: segment.own and segment.start >= turns[-1].start) if turns else None
+
+
+def own_final(document: Document) -> Weights:
+    """What the model says outside of its reasoning, its end-of-turn token included."""
+    return by_segment(document, lambda segment: segment.own and segment.role != REASONING)
+
+
+def own_reasoning(document: Document) -> Weights:
+    """The reasoning of the model's turns, from their beginning to what closes it."""
+    if not any(segment.own and segment.role == REASONING for segment in document.segments):
+        raise NothingTrained("no reasoning")
+    return by_segment(document, lambda segment: segment.own and segment.role == REASONING)
+
+
+def of_roles(document: Document, roles: Sequence[str]) -> Weights:
+    """Segments of these roles; `assistant` is the whole turn."""
+    reasoning = REASONING in roles or "assistant" in roles
+    return by_segment(document, lambda s: reasoning if s.role == REASONING else s.role in roles)
 
 
 def everything(document: Document) -> Weights:
@@ -68,6 +86,15 @@ def everything(document: Document) -> Weights:
     for segment in document.segments:
         weights[segment.start : segment.end] = [segment.weight] * (segment.end - segment.start)
     return weights
+
+
+RULES: dict[str, Rule] = {
+    "own": own,
+    "own-final": own_final,
+    "own-reasoning": own_reasoning,
+    "last": last,
+    "all": everything,
+}
 
 
 def after(ids: Sequence[int], pattern: Sequence[int]) -> Weights | None:
@@ -137,7 +164,7 @@ def row_of(document: Document, weights: Weights) -> Row:
     """Labels where the weight is not 0; `loss_weight` only where a trained token's weight is not 1."""
     ids = document.input_ids
     labels = [token if weight else IGNORE for token, weight in zip(ids, weights, strict=True)]
-    turns = [segment for segment in document.segments if segment.own]
+    turns = own_turns(document.segments)
     uneven = any(weight not in (0.0, 1.0) for weight in weights)
     return Row(
         id=document.id,
