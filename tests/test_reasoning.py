@@ -92,8 +92,8 @@ def test_reasoning_that_the_prompt_opens_begins_with_the_models_words():
 
 def test_reasoning_of_turns_that_are_only_shown_is_not_the_models():
     """A template that drops old reasoning: each document trains the reasoning of its own turn."""
-    record = chat("a", "one", "b", "two")
-    for message, why in zip(record["messages"][1::2], ("because", "thus"), strict=True):
+    record = chat("a", "one", "b", "two", "c", "three")
+    for message, why in zip(record["messages"][1::2], ("because", "thus", "hence"), strict=True):
         message["reasoning_content"] = why
     dropping = NAMED.replace("m.reasoning_content %}", "m.reasoning_content and (loop.last or loop.index0 > 1) %}")
     found = documents(dropping, record)
@@ -101,7 +101,9 @@ def test_reasoning_of_turns_that_are_only_shown_is_not_the_models():
     assert [[text for text, _ in document] for document in trained] == [
         ["<think>\nbecause\n</think>", "\n\none<|im_end|>"],
         ["<think>\nthus\n</think>", "\n\ntwo<|im_end|>"],
+        ["<think>\nhence\n</think>", "\n\nthree<|im_end|>"],
     ]
+    assert ("<think>\nthus\n</think>\n\ntwo<|im_end|>", "assistant") in found[2]  # shown as it was spoken
 
 
 def test_a_turn_is_one_whether_or_not_it_reasons():
