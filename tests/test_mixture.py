@@ -125,6 +125,12 @@ def test_several_inputs_are_one_joined_file(base, some, tmp_path):
     assert same_weights(weights(tmp_path / "one"), weights(tmp_path / "two"))
 
 
+def test_rows_of_two_templates_are_a_warning(base, some, tmp_path, capsys):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", some(3, name, template=name * 12)) for name in "ab"]
+    train(options_of("max_steps=1"), files, str(base), str(tmp_path / "run"))
+    assert "warning: train: rows of several templates (aaaaaaaaaaaa, bbbbbbbbbbbb)" in capsys.readouterr().err
+
+
 def test_an_epoch_of_two_weighted_inputs_has_so_many_rows_of_each(base, some, tmp_path, capsys):
     files = [save_rows(tmp_path / "a.safetensors", some(9, "a")) + "*2"]
     files += [save_rows(tmp_path / "b.safetensors", some(8, "b")) + "*0.25"]

@@ -219,6 +219,13 @@ def test_turns_of_rows_and_roles_do_not_change_with_reasoning(sft, tokens):
     assert [len(row["turns"]) for row in reasoning] == [1, 1, 2]
 
 
+def test_reasoning_that_the_template_leaves_out_is_a_warning(sft, lines, base):
+    data = lines(said("four", reasoning_content="two twos"), said("<think>x</think>five"), said("six"))
+    told = "warning: tokenize: the template leaves out the reasoning of 1 turns"
+    assert told in sft("tokenize", data, "-m", base, "--template", "chatml").err
+    assert "leaves out" not in sft("tokenize", data, "-m", base).err
+
+
 def test_parts_need_segments(sft, lines):
     for rule in ("own-final", "own-reasoning"):
         result = sft("mask", lines({"input_ids": [5, 6]}), "--train-on", rule)

@@ -16,11 +16,11 @@ from sftcli import console
 from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
-from sftcli.rows import RESERVED, Document, encode_document
+from sftcli.rows import REASONING, RESERVED, Document, encode_document
 from sftcli.stages.common import Rejects, codec_for, encode_lines, keep_for_later, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.records import Conversation, read_record, renamed
-from sftcli.text.speaker import Rendered, Speaker
+from sftcli.text.speaker import REASONING_FIELDS, Rendered, Speaker
 from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec, Encoded, Work
 
@@ -42,6 +42,7 @@ class Summary:
     expanded: int = 0
     shapes: Tally[str] = field(default_factory=Tally)
     with_tools: int = 0
+    unwritten: int = 0  # turns whose reasoning the template leaves out
     left_out: set[str] = field(default_factory=set)  # fields of the data that have the name of a column of ours
 
 
@@ -264,6 +265,7 @@ def _documents(
         summary.left_out |= extra.keys() & RESERVED
         extra = {name: raw for name, raw in extra.items() if name not in RESERVED}
     summary.expanded += len(results) > 1
+    summary.unwritten += _unwritten(record.conversation, results)
     for number, (ids, segments) in enumerate(results):
         summary.documents += 1
         summary.tokens += len(ids)
@@ -278,6 +280,16 @@ def _documents(
             template=template.hash,
         )
         yield encode_document(document, extra)
+
+
+def _unwritten(conversation: Conversation, results: list[Encoded]) -> int:
+    """How many turns have reasoning in a field of their message and none in what was made of them."""
+    named = [
+        any(str(message.get(name) or "").strip() for name in REASONING_FIELDS) for message in conversation.messages
+    ]
+    if not any(named):
+        return 0
+    return max(0, sum(named) - sum(s.own and s.role == REASONING for _, segments in results for s in segments))
 
 
 def _report(summary: Summary, codec: Codec, template: Template) -> None:
@@ -296,6 +308,8 @@ def _report(summary: Summary, codec: Codec, template: Template) -> None:
         console.warn(
             f"tokenize: fields left out, as tokens and rows have such columns: {', '.join(sorted(summary.left_out))}"
         )
+    if summary.unwritten:
+        console.warn(f"tokenize: the template leaves out the reasoning of {summary.unwritten:,} turns")
     if summary.expanded:
         console.note(f"tokenize: the template rewrites history: {summary.expanded:,} rows became one document a turn")
     if codec.counts.merges_cut:

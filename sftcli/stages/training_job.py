@@ -94,6 +94,7 @@ def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, lis
     collected = run / artifacts.ROWS
     counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
+    templates: set[str | None] = set()
 
     def arriving() -> Iterator[Row]:
         for i, item in enumerate(inputs):
@@ -103,11 +104,15 @@ def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, lis
                 tokenizers.add(row.tokenizer)
                 if len(tokenizers) > 1:
                     raise DataError("rows of two tokenizers", where, "$.tokenizer")
+                templates.add(row.template)
                 counts[i] += 1
                 yield row
 
     total = write_rows(collected, arriving())
     console.note(f"train: received {total:,} rows")
+    if len(templates - {None}) > 1:
+        found = ", ".join(sorted(filter(None, templates)))
+        console.warn(f"train: rows of several templates ({found}): the model folder gets that of the first row")
     where = ", ".join(artifacts.name_of(item.path) for item in inputs)
     return RowFile(collected), where, list(zip(inputs, counts, strict=True))
 
