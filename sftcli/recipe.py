@@ -202,7 +202,7 @@ class Train(Options):
     checkpoint_every: Positive | None = None  # steps; None: at the end of every epoch
     keep: Positive = 2
     save_dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"  # of the model; base: as it was stored
-    shard_size: str = "5GB"
+    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$")] = "5GB"
 
     @model_validator(mode="after")
     def base_is_frozen(self) -> "Train":

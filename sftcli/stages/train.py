@@ -251,7 +251,7 @@ def _save(job: Job, base: str) -> list[Path]:
     """Write what was trained; returns the files of its weights."""
     template, options = _template_of_rows(job), job.options
     if not options.adapter:
-        dtype = job.folder.dtype if options.save_dtype == "base" else DTYPES[options.save_dtype]
+        dtype = None if options.save_dtype == "base" else DTYPES[options.save_dtype]
         save_model(job.model, job.folder, job.run / MODEL, job.stops, template, dtype, options.shard_size)
         return weight_files(job.run / MODEL)
     stops = job.stops or stop_ids(job.folder.path)

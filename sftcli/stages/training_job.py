@@ -125,7 +125,7 @@ def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, wher
         codec=codec,
         stops=trained_stops(rows, codec.special_ids),
         settings={
-            "options": options.model_dump(mode="json"),
+            "options": options.model_dump(mode="json", exclude={"save_dtype", "shard_size"}),
             "rows": file_fingerprint(rows.path),
             "eval_data": _file_identity(options.eval_data),
             "model": peft.identity(folder),
