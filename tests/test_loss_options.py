@@ -366,14 +366,16 @@ def test_metrics_name_no_parts_where_rows_name_none(base, tmp_path):
         assert not {"loss_by_role", "loss_by_source", "loss_by_turn"} & set(line)
 
 
-def test_first_loss_of_a_run_is_that_of_the_formula_and_its_eval_loss_the_plain_one(base, saved, tmp_path):
-    run, some = tmp_path / "run", list(RowFile(saved))
-    options = options_of(*EVERYTHING, f"eval_data={saved}", "micro_batch_tokens=20", "seed=6")
+def test_losses_of_a_run_are_those_of_the_formula_and_its_eval_loss_the_plain_one(base, saved, tmp_path):
+    run, some, model = tmp_path / "run", list(RowFile(saved)), model_of(base)
+    still = ("optimizer.lr=1e-12", "seed=6", "micro_batch_tokens=20", f"eval_data={saved}")
+    options = options_of(*EVERYTHING, *still)
     outcome = train(options, saved, str(base), str(run))
-    first = read_jsonl(run / "metrics.jsonl")[0]
-    expected = by_hand(model_of(base), some, options.loss, (6, 0))
-    assert first["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert outcome.eval_loss == pytest.approx(total_score(model_of(run / "model"), some, 999, CPU).loss, rel=1e-6)
+    losses = [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
+    expected = [by_hand(model, some, options.loss, (6, step)).item() for step in range(2)]
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert abs(expected[0] / expected[1] - 1) > 1e-4  # by the noise alone
+    assert outcome.eval_loss == pytest.approx(by_hand(model, some, Loss()).item(), rel=1e-6)
 
 
 def test_run_with_every_option_resumes_to_the_same_weights(base, saved, tmp_path):

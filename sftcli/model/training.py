@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -38,9 +38,9 @@ class Report:
     seconds: float
     accuracy: float
     entropy: float
-    loss_by_role: dict[str, float] = field(default_factory=dict)
-    loss_by_source: dict[str, float] = field(default_factory=dict)
-    loss_by_turn: dict[str, float] = field(default_factory=dict)
+    loss_by_role: dict[str, float]
+    loss_by_source: dict[str, float]
+    loss_by_turn: dict[str, float]
 
 
 class Plan:
