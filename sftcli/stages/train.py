@@ -174,7 +174,8 @@ def _checkpoint_due(job: Job, step: int, epoch_ends: bool) -> bool:
 
 
 def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
-    line = asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+    line = {name: value for name, value in asdict(report).items() if value != {}}  # no rows with turns, no role
+    line |= {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
     if evaluation:
         line |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, "eval_tokens": evaluation.tokens}
     return line
