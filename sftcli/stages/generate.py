@@ -70,6 +70,8 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     engine = choose_engine(options.device, options.dtype)
     network = load_trained(folder, engine.dtype).to(engine.device)
     stops, texts = _stop_set(options, codec, folder.path, artifacts.text_folder(words))
+    if outside := [token for token in stops if not 0 <= token < folder.config.vocab_size]:
+        console.warn(f"generate: stop token {outside[0]} is beyond the vocabulary of {folder.config.vocab_size:,}")
     asked: deque[_Asked] = deque()
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
