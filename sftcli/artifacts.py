@@ -141,8 +141,12 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is complete and on disk."""
-    path = Path(path)
+    """A file that appears under its name only when it is complete and on disk; devices and pipes are written to."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
@@ -212,6 +216,11 @@ def make_folder(path: str | Path, belongs: Iterable[str]) -> Path:
             hint="choose another -o, or empty that folder yourself",
         )
     return folder
+
+
+def new_folder(path: str) -> Path:
+    """A folder that is not there yet, or is empty: nothing in it can be lost."""
+    return make_folder(path, ())
 
 
 # ---- identity

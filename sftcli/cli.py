@@ -1,6 +1,7 @@
 """The commands: parse, call a stage, report. Nothing heavy is imported before a command runs."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,9 @@ the whole job as a pipeline:
 """
 
 
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
+
+
 class _Commands(typer.core.TyperGroup):
     """Turns the one error class into a line and an exit code."""
 
@@ -50,7 +54,9 @@ class _Commands(typer.core.TyperGroup):
             code = int(error.code)
         except KeyboardInterrupt:
             code = 130
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                raise
             console.fail("out of memory", "fewer --set train.micro_batch_tokens, or a smaller --batch-size")
             code = Exit.MEMORY
         except BrokenPipeError:
@@ -124,6 +130,8 @@ def init(
         columns=columns,
     )
     if base:
+        if data or preset or vocab_size or tokenizer or settings:
+            raise UsageError("--base takes a model as it is", hint="beside it only --template and -o")
         from sftcli.stages.extend import extend
 
         extend(base, options, output)

@@ -2,19 +2,21 @@
 
 import os
 import re
+from functools import lru_cache
 
 from sftcli.errors import CheckpointError
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no pickles, no code
-UNWANTED = ["*/*"]  # other forms of the model in folders of their own
+UNWANTED = ["*/*", "consolidated*"]  # the model again in other forms
 OFFLINE_HINT = "where there is a network, `hf download {repo}` fills the cache; or name a folder"
 
 
+@lru_cache
 def local(path: str) -> str:
     """A path as it is, or the snapshot (downloaded once) of the hub's repository it names. Raises CheckpointError."""
     found = NAME.fullmatch(path)
-    if not found or os.path.exists(path):
+    if not found or os.path.exists(path) or os.path.isdir(os.path.dirname(path)):  # runs/typo is no organisation
         return path
     from huggingface_hub import errors, snapshot_download  # half a second
 

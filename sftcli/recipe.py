@@ -175,6 +175,16 @@ class Lora(Options):
         return self
 
 
+class Loss(Options):
+    """What a step minimises; eval losses are the plain nll whatever stands here."""
+
+    reduction: Literal["token", "example", "turn"] = "token"  # what counts the same: each token, row or turn
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label that is spread over all tokens
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # times logsumexp^2; 1e-4 is usual
+    dft: bool = False  # a token's weight times its probability
+    neftune: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # alpha of the noise on embeddings; 5 is usual
+
+
 class Train(Options):
     """Rows -> a model folder."""
 
@@ -182,6 +192,7 @@ class Train(Options):
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen matrices, under an adapter
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Schedule, BeforeValidator(_kind)] = Schedule()
+    loss: Loss = Loss()
     epochs: Annotated[float, Field(gt=0)] = 3
     max_steps: Positive | None = None
     batch_tokens: Positive = 8192  # tokens of one optimizer step ...
@@ -204,7 +215,7 @@ class Train(Options):
     checkpoint_every: Positive | None = None  # steps; None: at the end of every epoch
     keep: Positive = 2
     save_dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"  # of the model; base: as it was stored
-    shard_size: str = "5GB"
+    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$")] = "5GB"
 
     @model_validator(mode="after")
     def base_is_frozen(self) -> "Train":

@@ -493,17 +493,20 @@ def test_pickled_weights_alone_are_refused(folder):
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", 5, ""])
 def test_index_that_points_outside_of_its_folder_is_refused(folder, name):
+    (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     refused(folder, INDEX)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', "{"])
 def test_index_of_another_form_is_refused(folder, content):
+    (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(content)
     refused(folder, INDEX)
 
 
 def test_index_that_names_a_missing_shard_is_refused(folder):
+    (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "model-9.safetensors"}}))
     refused(folder, "model-9.safetensors")
 

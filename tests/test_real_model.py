@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ ODD = [
     "<|im_start|>user\nhi<|im_end|>",
     "١٢٣ ½ ²",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """The other tests' models are too small for more than one thread; this one is not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

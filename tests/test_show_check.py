@@ -202,7 +202,7 @@ def test_check_counts_one_bos_a_row(sft, model_folders, lines):
     twice.write_text("{{ bos_token }}" + source)
     result = sft("check", lines(chat("q", "a")), "-m", model_folders["llama3"], "--template", twice)
     assert (result.code, marks(result)["BOS"]) == (3, "FAIL")
-    assert b"1 rows have more than one" in result.out
+    assert b"1 rows begin with more than one" in result.out
 
 
 def test_check_finds_turns_without_a_trained_stop_token(sft, base, lines):
@@ -246,9 +246,18 @@ def test_check_names_rows_that_the_tokenizer_refuses(sft, lines, tmp_path):
 def test_check_of_ids_beyond_the_vocabulary(sft, base, lines, tmp_path):
     small = tmp_path / "small"
     shutil.copytree(base, small)
-    config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
-    result = sft("check", lines(chat("q", "a")), "-m", small)
+    tokenizer = json.loads((small / "tokenizer.json").read_text())
+    rows = json.loads((small / "config.json").read_text())["vocab_size"]
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": rows, "content": "<beyond>"})
+    (small / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = sft(
+        "check",
+        lines({"prompt": "q", "completion": "a"}),
+        "-m",
+        small,
+        "--template-text",
+        "<beyond>{prompt} {completion}",
+    )
     assert (result.code, marks(result)["ids"]) == (3, "FAIL")
 
 

@@ -6,6 +6,7 @@ labels     - 5 6 | - 8          positions 0 1 0 1 2
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -45,7 +46,7 @@ class Batch:
         return self
 
 
-def make_batch(rows: Sequence[Row]) -> Batch:
+def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
     """One padding-free batch. Rows are put in order of length, so that equal lengths share a kernel call."""
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     ids: list[int] = []
@@ -57,10 +58,12 @@ def make_batch(rows: Sequence[Row]) -> Batch:
     for row in ordered:
         base = len(ids)
         before = len(scored)
+        own: list[float] = []
         for at, target, weight in aligned(row):
             scored.append(base + at)
             targets.append(target)
-            weights.append(weight)
+            own.append(weight)
+        weights += reduced(row, own, reduction)
         counts.append(len(scored) - before)
         ids += row.input_ids
         positions += row.position_ids or range(len(row.input_ids))
@@ -85,9 +88,37 @@ def aligned(row: Row) -> Iterator[tuple[int, int, float]]:
             yield t - shift, row.labels[t], 1.0 if weight is None else weight[t]
 
 
-def weight_of(rows: Sequence[Row]) -> float:
+def reduced(row: Row, weights: list[float], reduction: str) -> list[float]:
+    """The weights of a row's scored positions, divided by their own sum: by `example` once, by `turn` in each turn.
+
+    What lies outside of the row's turns counts as one turn more.
+    """
+    if reduction == "token":
+        return weights
+    parts = turn_of_scored(row) if reduction == "turn" else [0] * len(weights)
+    sums: dict[int, float] = defaultdict(float)
+    for part, weight in zip(parts, weights, strict=True):
+        sums[part] += weight
+    return [weight and weight / sums[part] for part, weight in zip(parts, weights, strict=True)]
+
+
+def turn_of_scored(row: Row) -> list[int]:
+    """Which of the row's turns (from 1) the label of every scored position lies in; 0: in none."""
+    turns = [0] * len(row.labels)
+    for place, (start, end, _, _) in enumerate(row.turns or (), 1):
+        turns[start:end] = [place] * (end - start)
+    shift = 1 if row.align == "next" else 0
+    return [turns[at + shift] for at, _, _ in aligned(row)]
+
+
+def weight_of(rows: Sequence[Row], reduction: str = "token") -> float:
     """The sum of the weights of all scored positions: what a step divides by."""
-    return sum(weight for row in rows for _, _, weight in aligned(row))
+    return sum(sum(reduced(row, [weight for _, _, weight in aligned(row)], reduction)) for row in rows)
+
+
+def weights_by_loss(rows: Sequence[Row], reduction: str) -> dict[str, float]:
+    """What a step divides each loss of the model by, by its name: known before the first forward."""
+    return {"nll": weight_of(rows, reduction)}
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:

@@ -3,10 +3,11 @@
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ class ModelFolder:
             held[entry.dtype] = held.get(entry.dtype, 0) + entry.end - entry.start
         return max(held, key=lambda dtype: held[dtype], default=torch.float32)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor is stored as."""
+        return self.entries[name].dtype if name in self.entries else self.dtype
+
 
 def open_folder(path: Path) -> ModelFolder:
     """Read a model folder's config.json and the headers of its weights. Raises CheckpointError."""
@@ -66,7 +71,7 @@ def open_folder(path: Path) -> ModelFolder:
         _check_config(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}", error.hint) from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from None
     files = weight_files(path)
     folder = ModelFolder(path, config_json, family, config, files, {})
@@ -88,6 +93,7 @@ def _checked_entries(folder: ModelFolder) -> dict[str, Entry]:
     """The stored tensors by name, every one at its place and of its shape, none missing."""
     family, config = folder.family, folder.config
     wanted = {stored.name: stored for stored in family.tensors(config)}
+    shapes = shapes_of(config)
     found: dict[str, Entry] = {}
     for path in folder.files:
         for entry in read_entries(path):
@@ -95,7 +101,7 @@ def _checked_entries(folder: ModelFolder) -> dict[str, Entry]:
             if name.endswith(family.buffers):
                 continue
             if name in wanted:
-                _check_shape(wanted[name], entry, config)
+                _check_shape(wanted[name], entry, shapes)
             elif not (config.tied and name == family.head):  # a copy that tying makes
                 raise CheckpointError(f"{path}: tensor {entry.name} has no place in the model")
             if name in found:
@@ -106,8 +112,8 @@ def _checked_entries(folder: ModelFolder) -> dict[str, Entry]:
     return found
 
 
-def _check_shape(stored: Stored, entry: Entry, config: GPTConfig) -> None:
-    shape = stored_shape(stored, config)
+def _check_shape(stored: Stored, entry: Entry, shapes: Mapping[str, torch.Size]) -> None:
+    shape = _joined_shape(stored, shapes)
     if entry.shape != shape:
         raise CheckpointError(
             f"{entry.path}: tensor {entry.name} has shape {list(entry.shape)}, config.json says {list(shape)}"
@@ -116,7 +122,11 @@ def _check_shape(stored: Stored, entry: Entry, config: GPTConfig) -> None:
 
 def stored_shape(stored: Stored, config: GPTConfig) -> tuple[int, ...]:
     """The shape of a tensor in the family's files."""
-    shapes = [shapes_of(config)[name] for name in stored.ours]
+    return _joined_shape(stored, shapes_of(config))
+
+
+def _joined_shape(stored: Stored, every: Mapping[str, torch.Size]) -> tuple[int, ...]:
+    shapes = [every[name] for name in stored.ours]
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     return shape[::-1] if stored.transposed else shape
 
@@ -181,7 +191,15 @@ def upstream_tensors(model: GPT, family: Family, dtype: torch.dtype = torch.floa
 
 def _upstream(stored: Stored, parameters: dict[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
     value = stored.join([parameters[name].detach() for name in stored.ours])
-    return (value.T if stored.transposed else value).to("cpu", dtype).contiguous()
+    return narrowed(stored.name, (value.T if stored.transposed else value).cpu(), dtype).contiguous()
+
+
+def narrowed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype`. Raises CheckpointError where a finite number would become infinite (float16)."""
+    narrow = value.to(dtype)
+    if dtype == torch.float16 and bool((narrow.isinf() & value.isfinite()).any()):
+        raise CheckpointError(f"tensor {name} has numbers too large for float16", hint="bfloat16 holds them")
+    return narrow
 
 
 def save_model(
@@ -190,31 +208,36 @@ def save_model(
     output: Path,
     stops: Sequence[int] = (),
     template: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     shard_size: str = SHARD_SIZE,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write a model folder that transformers loads; it appears under its name only when complete.
 
     `folder`: where the model came from; its config (unknown keys, too) and tokenizer go along. `stops`: ids that end a
-    turn and were trained; they become generation_config's stop set. `template`: the chat template.
+    turn and were trained; they become generation_config's stop set. `template`: the chat template. `dtype`: None keeps
+    that of each tensor as it was stored. `extra`: further small files, which win.
     """
     limit = bytes_of(shard_size)
     temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {tensor.name: tensor for tensor in folder.family.tensors(model.config)}
-    sizes = {name: sum(parameters[p].numel() for p in t.ours) * dtype.itemsize for name, t in stored.items()}
+    dtypes = {name: dtype or folder.dtype_of(name) for name in stored}
+    sizes = {name: sum(parameters[p].numel() for p in t.ours) * dtypes[name].itemsize for name, t in stored.items()}
     try:
         temporary.mkdir(parents=True)
-        makers = {name: partial(_upstream, tensor, parameters, dtype) for name, tensor in stored.items()}
+        makers = {name: partial(_upstream, tensor, parameters, dtypes[name]) for name, tensor in stored.items()}
         write_shards(temporary, makers, sizes, limit)
         config = {key: value for key, value in folder.json.items() if key != "torch_dtype"}  # the older spelling
-        write_json(temporary / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        write_json(temporary / "config.json", config | {"dtype": str(dtype or folder.dtype).removeprefix("torch.")})
         for name in COMPANIONS:
             if (folder.path / name).is_file():
                 shutil.copyfile(folder.path / name, temporary / name)
         if template is not None:
             (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
         write_json(temporary / "generation_config.json", _generation_config(folder, stops))
+        for name, content in extra.items():
+            (temporary / name).write_bytes(content)
         replace_folder(temporary, output)
     except OSError as error:
         raise cannot_write(output, error) from None

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sftcli.model.attention import Attention, Sight
 from sftcli.model.batches import Batch
-from sftcli.model.loss import LossSum, projected_loss, scaled_and_capped
+from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
+from sftcli.recipe import Loss
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -201,9 +202,11 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Final hidden states (..., C) of ids (...) at positions (...)."""
+    def hidden(self, ids: Tensor, positions: Tensor, attention: Attention, noise: Tensor | None = None) -> Tensor:
+        """Final hidden states (..., C) of ids (...) at positions (...); `noise` is added to the embedding's rows."""
         x = self.embedding(ids).float()  # the residual stream stays float32 whatever the weights are kept in
+        if noise is not None:
+            x = x + noise
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         if self.position is not None:
@@ -232,11 +235,11 @@ class GPT(nn.Module):
         scaled_and_capped(logits, self.config.logit_scale, self.config.logit_cap)
         return logits
 
-    def forward(self, batch: Batch) -> dict[str, LossSum]:
+    def forward(self, batch: Batch, loss: Loss = PLAIN, noise: Tensor | None = None) -> dict[str, LossSum]:
         """The losses of a batch by name, each a sum and a weight; only labelled positions are projected."""
-        x = self.hidden(batch.ids, batch.positions, batch.attention)[batch.scored]
+        x = self.hidden(batch.ids, batch.positions, batch.attention, noise)[batch.scored]
         scale, cap = self.config.logit_scale, self.config.logit_cap
-        found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap)
+        found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap, loss)
         return {"nll": found}
 
     def set_dropout(self, p: float) -> None:

@@ -1,6 +1,17 @@
 """The loss: vocabulary projection, log-softmax and their gradients, chunk by chunk, only where a label is.
 
 The logits of a batch never exist at once. A loss is a sum and a weight; whoever takes a step divides once.
+
+Of a token with logits z (scaled and capped), label y and weight w, with lse = logsumexp(z) and p = softmax(z):
+
+    nll    = lse - z_y                                       what is logged, whatever the options
+    loss   = (1 - eps) nll + eps (lse - mean(z)) + c lse^2   label_smoothing eps, z_loss c
+    total  = sum of w' loss;  w' = w, under dft w stopgrad(p_y)
+    d total / d z = w' ((1 + 2 c lse) p - (1 - eps) onehot(y) - eps / V)
+
+Label smoothing spreads eps over all V labels (arXiv 1512.00567; lse - mean(z) is the mean of -log p); z-loss holds the
+normaliser near 1 (arXiv 2204.02311); DFT weighs a token by how likely the model finds it already (arXiv 2508.05629).
+The divisor of a step is the sum of w in every case.
 """
 
 from dataclasses import dataclass
@@ -10,16 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sftcli.recipe import Loss
+
 CHUNK_LOGITS = 1 << 22  # float32 logits formed at once: 16 MiB
+PLAIN = Loss()
 
 
 @dataclass
 class LossSum:
-    """Sum of weight * nll (differentiable), the sum of the weights, and what is logged of the same positions."""
+    """Sum of weight * loss (differentiable), the sum of the weights, and what is logged of the same positions."""
 
     total: Tensor  # scalar
     weight: Tensor  # scalar
-    nll: Tensor  # (N,) detached, unweighted
+    nll: Tensor  # (N,) detached, unweighted, without what the options add
     correct: Tensor  # (N,) bool: the label is the most likely token
     entropy: Tensor  # (N,) of the prediction, in nats
 
@@ -37,42 +51,34 @@ class _ProjectedLoss(torch.autograd.Function):
         weights: Tensor,
         scale: float,
         cap: float | None,
+        options: Loss,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = max(64, CHUNK_LOGITS // weight.shape[0])
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        )
-        nll, correct, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        grads = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias)
+        nll, correct, entropy, loss = (torch.empty(len(hidden), device=hidden.device) for _ in range(4))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h, y = hidden[part], targets[part, None]
             logits = F.linear(h, weight, bias).float()  # (n, V)
             slope = scaled_and_capped(logits, scale, cap)
-            top = logits.argmax(-1, keepdim=True)
             log_total = logits.logsumexp(-1, keepdim=True)
             nll[part] = (log_total - logits.gather(1, y)).squeeze(1)
-            correct[part] = (top == y).squeeze(1).float()
+            correct[part] = (logits.argmax(-1, keepdim=True) == y).squeeze(1).float()
             p = torch.exp(logits - log_total)
             entropy[part] = log_total.squeeze(1) - torch.linalg.vecdot(p, logits)
-            if grad_hidden is None and grad_weight is None:
+            w = weights[part] * torch.exp(-nll[part]) if options.dft else weights[part]
+            loss[part] = w * token_loss(nll[part], logits, log_total.squeeze(1), options)
+            if grads[0] is None and grads[1] is None:
                 continue
-            p.scatter_add_(1, y, torch.full_like(log_total, -1.0))
-            p *= weights[part, None]  # d(sum)/d(logits)
+            g = gradient_(p, y, log_total, options)
+            g *= w[:, None]  # d(sum)/d(logits)
             if isinstance(slope, Tensor) or slope != 1.0:
-                p *= slope  # d(logits)/d(h @ weight)
-            g = p.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.matmul(g, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight.addmm_(p.T, h.float())
-            if grad_bias is not None:
-                grad_bias += p.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+                g *= slope  # d(logits)/d(h @ weight)
+            _add_gradients(grads, g, h, weight, part)
+        ctx.save_for_backward(*grads)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll, correct, entropy)
-        return (nll * weights).sum(), nll, correct, entropy
+        return loss.sum(), nll, correct, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -80,7 +86,50 @@ class _ProjectedLoss(torch.autograd.Function):
         hidden, weight, bias = (None if g is None else g.mul_(grad) for g in grads)
         weight = None if weight is None else weight.to(ctx.dtypes[0])
         bias = None if bias is None else bias.to(ctx.dtypes[1])
-        return hidden, weight, bias, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden (N, C), weight (V, C) and bias (V,)
+
+
+def _empty_gradients(needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    """Room for what is asked; those of weight and bias add up in float32."""
+    return (
+        torch.empty_like(hidden) if needed[0] else None,
+        torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+        torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
+    )
+
+
+def _add_gradients(grads: Gradients, g: Tensor, h: Tensor, weight: Tensor, part: slice) -> None:
+    """What a chunk's g = d(sum)/d(h @ weight.T) (n, V) gives to each."""
+    hidden, head, bias = grads
+    if hidden is not None:
+        torch.matmul(g.to(weight.dtype), weight, out=hidden[part])
+    if head is not None:
+        head.addmm_(g.T, h.float())
+    if bias is not None:
+        bias += g.sum(0)
+
+
+def token_loss(nll: Tensor, logits: Tensor, log_total: Tensor, options: Loss) -> Tensor:
+    """What is minimised of each token, unweighted (n,); logits (n, V), log_total (n,) their logsumexp."""
+    loss = nll
+    if eps := options.label_smoothing:
+        loss = (1 - eps) * loss + eps * (log_total - logits.mean(-1))
+    if options.z_loss:
+        loss = loss + options.z_loss * log_total.square()
+    return loss
+
+
+def gradient_(p: Tensor, y: Tensor, log_total: Tensor, options: Loss) -> Tensor:
+    """Turn probabilities p (n, V) into d(token_loss)/d(logits), in place; y and log_total (n, 1)."""
+    eps = options.label_smoothing
+    if options.z_loss:
+        p *= 1 + 2 * options.z_loss * log_total
+    if eps:
+        p -= eps / p.shape[1]
+    return p.scatter_add_(1, y, torch.full_like(log_total, eps - 1.0))
 
 
 def scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor | float:
@@ -104,8 +153,9 @@ def projected_loss(
     weights: Tensor,
     scale: float = 1.0,
     cap: float | None = None,
+    options: Loss = PLAIN,
 ) -> LossSum:
-    """Cross-entropy of `hidden @ weight.T + bias` (scaled, soft-capped) against `targets`, in float32, as a sum.
+    """The loss of `hidden @ weight.T + bias` (scaled, soft-capped) against `targets`, in float32, as a sum.
 
     hidden (N, C): the positions that have a label, and only they. weight (V, C). targets (N,) ids below V.
     weights (N,) >= 0. Gradients reach hidden, weight and bias. Backward may be called once.
@@ -118,5 +168,5 @@ def projected_loss(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        total, nll, correct, entropy = _ProjectedLoss.apply(hidden, weight, bias, targets, weights, scale, cap)
+        total, nll, correct, entropy = _ProjectedLoss.apply(hidden, weight, bias, targets, weights, scale, cap, options)
     return LossSum(total, weights.sum(), nll, correct, entropy)

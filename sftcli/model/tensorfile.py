@@ -24,6 +24,7 @@ from sftcli.errors import CheckpointError, UsageError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+EXTRA = "extra.safetensors"  # what an objective adds to a model
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -41,10 +42,14 @@ class Entry:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; none where it has no weights yet."""
+    if (folder / WEIGHTS).is_file():  # goes before an index, as in transformers
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         return _shards(folder)
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+    if strays := sorted(path.name for path in folder.glob("*.safetensors") if path.name != EXTRA):
+        raise CheckpointError(
+            f"{folder} has {strays[0]}, but neither {WEIGHTS} nor {INDEX}", hint="is a file of the model missing?"
+        )
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise CheckpointError(
             f"{folder} has only {pickles[0].name}, a pickle, which can run code",

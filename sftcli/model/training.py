@@ -7,20 +7,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sftcli.errors import Exit, SftError, UsageError
-from sftcli.model.batches import epoch_order, make_batch, micro_batches, steps_in_run, steps_of, weight_of
+from sftcli.model.batches import Batch, epoch_order, make_batch, micro_batches, steps_in_run, steps_of, weights_by_loss
+from sftcli.model.breakdown import losses_by_part
 from sftcli.model.gpt import GPT
+from sftcli.model.loss import PLAIN
 from sftcli.model.mixture import Part
+from sftcli.model.noise import neftune
 from sftcli.model.optim import lr_share, set_lr
-from sftcli.recipe import Train
+from sftcli.recipe import Loss, Train
 from sftcli.rows import Row
 
 
 @dataclass(frozen=True)
 class Report:
-    """One optimizer step. `loss` is per unit of weight (nan: it has none and was skipped); `tokens` are no padding."""
+    """One optimizer step. `loss` is per unit of weight (nan: it has none and was skipped); `tokens` are no padding.
+
+    `loss` is what was minimised; by role, source and turn it is the plain nll (breakdown.py).
+    """
 
     step: int  # from 1
     epoch: float  # share of the data seen, in epochs
@@ -32,6 +39,9 @@ class Report:
     seconds: float
     accuracy: float
     entropy: float
+    loss_by_role: dict[str, float]
+    loss_by_source: dict[str, float]
+    loss_by_turn: dict[str, float]
 
 
 class Plan:
@@ -105,7 +115,7 @@ def train_steps(
         model.train()
         if options.dropout or (options.adapter and options.adapter.dropout):
             torch.manual_seed((options.seed << 32) + number)  # dropout too is a function of (seed, step)
-        sums = accumulate(model, rows, options.micro_batch_tokens, engine)
+        sums = accumulate(model, rows, options.micro_batch_tokens, engine, options.loss, (options.seed, number))
         norm = clip(model, options.clip_norm)
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
             raise diverged(number + 1, rows, sums.loss, norm)
@@ -127,6 +137,9 @@ class StepSums:
     trained: int
     correct: float
     entropy: float
+    by_role: dict[str, float]
+    by_source: dict[str, float]
+    by_turn: dict[str, float]
 
     def report(self, step: int, epoch: float, lr: float, norm: float, seconds: float) -> Report:
         scored = max(self.trained, 1)
@@ -141,27 +154,42 @@ class StepSums:
             seconds=seconds,
             accuracy=self.correct / scored,
             entropy=self.entropy / scored,
+            loss_by_role=self.by_role,
+            loss_by_source=self.by_source,
+            loss_by_turn=self.by_turn,
         )
 
 
-def accumulate(model: GPT, rows: Sequence[Row], micro_batch_tokens: int, engine: Engine) -> StepSums:
-    """Gradients of the mean loss of `rows` (over their weight), in forwards of at most `micro_batch_tokens`."""
-    weight = weight_of(rows)
+def accumulate(
+    model: GPT,
+    rows: Sequence[Row],
+    micro_batch_tokens: int,
+    engine: Engine,
+    options: Loss = PLAIN,
+    draw: tuple[int, int] = (0, 0),
+) -> StepSums:
+    """Gradients of the mean loss of `rows` (over their weight), in forwards of at most `micro_batch_tokens`.
+
+    Each loss of the model has a weight of its own; the first is that of the tokens. `draw`: seed and step of the noise.
+    """
+    weights = weights_by_loss(rows, options.reduction)
     logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy: read once, at the end
     tokens = trained = 0
+    scored: list[tuple[Batch, Tensor]] = []
     for part in micro_batches(rows, micro_batch_tokens):
-        batch = make_batch(part).to(engine.device)
+        batch = make_batch(part, options.reduction).to(engine.device)
+        noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with engine.autocast():
-            losses = model(batch)
-        loss = torch.stack([found.total for found in losses.values()]).sum() / max(weight, 1e-30)
+            losses = model(batch, options, None if noise is None else noise.to(engine.device))
+        loss = torch.stack([found.total / max(weights[name], 1e-30) for name, found in losses.items()]).sum()
         loss.backward()
-        correct = torch.stack([found.correct.sum() for found in losses.values()]).sum()
-        entropy = torch.stack([found.entropy.sum() for found in losses.values()]).sum()
-        logged += torch.stack([loss.detach(), correct, entropy])
+        of_tokens = next(iter(losses.values()))
+        logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
+        scored.append((batch, of_tokens.nll))
         tokens += len(batch.ids)
         trained += len(batch.scored)
     total, right, spread = logged.tolist()
-    return StepSums(total, weight, tokens, trained, right, spread)
+    return StepSums(total, sum(weights.values()), tokens, trained, right, spread, *losses_by_part(scored))
 
 
 def clip(model: GPT, limit: float) -> float:

@@ -99,7 +99,7 @@ def _examine_batch(
             found.too_long += bool(context and len(ids) > context)
             found.top_id = max(found.top_id, *ids) if ids else found.top_id
             if bos is not None:
-                found.bos_counts[ids.count(bos)] += 1
+                found.bos_counts[next((i for i, token in enumerate(ids) if token != bos), len(ids))] += 1
             for turn in own_turns(segments):
                 found.turns += 1
                 found.ends[ids[turn.end - 1]] += turn.weight > 0
@@ -160,5 +160,5 @@ def _judge_bos(found: Findings) -> tuple[bool | None, str, str]:
     several = sum(n for count, n in found.bos_counts.items() if count > 1)
     none = found.bos_counts[0]
     if several:
-        return False, "BOS", f"{several:,} rows have more than one"
-    return (None if none else True), "BOS", f"{none:,} rows have none" if none else "one a row"
+        return False, "BOS", f"{several:,} rows begin with more than one"
+    return (None if none else True), "BOS", f"{none:,} rows begin with none" if none else "each row begins with one"

@@ -9,7 +9,7 @@ import msgspec
 
 from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, name_of, open_output, read_lines, text_folder
 from sftcli.console import note
-from sftcli.errors import DataError, UsageError
+from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file
 from sftcli.text.speaker import Rendered
 from sftcli.text.store import remember
@@ -42,7 +42,10 @@ def template_for(
                 f"{folder or 'the tokenizer'} has no chat template",
                 hint="--template chatml|llama3|alpaca|FILE, or --template-text '<bos>{question}<sep>{answer}<eos>'",
             )
-        template = Template(source, f"of {folder}", codec.specials)
+        try:
+            template = Template(source, f"of {folder}", codec.specials)
+        except UsageError as error:  # nobody asked for this one by a flag
+            raise CheckpointError(str(error), error.hint) from None
     if "controls" in template.header and (missing := missing_controls(template, codec)):
         raise UsageError(
             f"template {template.name} needs the control token {missing[0]}, which the tokenizer lacks",

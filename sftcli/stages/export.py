@@ -57,7 +57,13 @@ def _vocabulary(folder: ModelFolder, codec: Codec, architecture: str) -> dict[st
 
 def _write_modelfile(path: Path, codec: Codec, template: str | None, vocabulary: dict[str, Any]) -> None:
     keys = [f"{KEY}{name}_token_id" for name in STOPS]
-    stops = [vocabulary[KEY + "tokens"][vocabulary[key]] for key in keys if key in vocabulary]
+    tokens = vocabulary[KEY + "tokens"]
+    stops = [tokens[vocabulary[key]] for key in keys if vocabulary.get(key, len(tokens)) < len(tokens)]
     written = Template(template, "of the folder", codec.specials) if template is not None else None
-    with atomic_file(path.with_name(MODELFILE)) as file:
-        file.write(modelfile(path.name, written, vocabulary[KEY + "add_bos_token"], stops).encode())
+    content = modelfile(path.name, written, vocabulary[KEY + "add_bos_token"], stops).encode()
+    place = path.with_name(MODELFILE)
+    if place.is_file() and place.read_bytes() != content:
+        place = path.with_name(f"{path.stem}.{MODELFILE}")
+        console.warn(f"export: {path.with_name(MODELFILE)} is there already; this one's is {place}")
+    with atomic_file(place) as file:
+        file.write(content)

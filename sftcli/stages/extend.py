@@ -8,8 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sftcli import artifacts, console
-from sftcli.artifacts import make_folder, read_json, write_json
-from sftcli.errors import UsageError
+from sftcli.artifacts import json_line, new_folder, read_json
 from sftcli.model.checkpoint import load_trained, open_folder, save_model
 from sftcli.model.gpt import GPT
 from sftcli.recipe import Init
@@ -18,8 +17,6 @@ from sftcli.text.folder import load_codec, stop_ids
 from sftcli.text.template import control_tokens, load_template
 from sftcli.text.tokenizer import Codec
 
-NAMES = {"config.json"}
-
 
 def extend(base: str, options: Init, output: str) -> None:
     """Write a model folder with the template, its control tokens, and a row of the embedding for each of them."""
@@ -27,9 +24,7 @@ def extend(base: str, options: Init, output: str) -> None:
     codec = load_codec(folder.path)
     template = load_template(options.template, options.template_text, options.columns, codec.specials)
     new = missing_controls(template, codec)
-    target = make_folder(output, NAMES)
-    if target.resolve() == folder.path.resolve():
-        raise UsageError(f"{output} is the base itself", hint="another -o")
+    target = new_folder(output)
     definition = _with_tokens(codec, new)
     wider = Codec(definition, "the new tokenizer", codec.specials)
     network = load_trained(folder)
@@ -38,16 +33,17 @@ def extend(base: str, options: Init, output: str) -> None:
     end = control_tokens(template).get("eos")
     stops = [wider.added[end]] if end in wider.added else []
     stops += [stop for stop in stop_ids(folder.path) if stop not in stops]
-    save_model(network, folder, target, stops, template.source, folder.dtype)
-    (target / "tokenizer.json").write_bytes(definition)
+    extra = {"tokenizer.json": definition}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if end and (target / name).is_file():
-            write_json(target / name, read_json(target / name) | {"eos_token": end})
-    console.note(
-        f"init: {output}: {base} with template {template.name}; {len(new)} new control tokens {', '.join(new)}; "
-        f"vocabulary of {network.config.vocab_size:,}, new rows are the mean of the others; an adapter trains them "
-        f"only under --set adapter.modules_to_save=[embed_tokens,lm_head]"
-    )
+        if end and (folder.path / name).is_file():
+            extra[name] = json_line(read_json(folder.path / name) | {"eos_token": end})
+    save_model(network, folder, target, stops, template.source, None, extra=extra)
+    told = "all its control tokens were there"
+    if new:
+        names, size = ", ".join(new), network.config.vocab_size
+        told = f"{len(new)} new control tokens {names}; vocabulary of {size:,}, new rows the mean of the others; an "
+        told += "adapter trains them under --set adapter.modules_to_save=[embed_tokens,lm_head]"
+    console.note(f"init: {output}: {base} with template {template.name}; {told}")
 
 
 def _with_tokens(codec: Codec, new: list[str]) -> bytes:

@@ -20,7 +20,7 @@ from sftcli.recipe import Generate
 from sftcli.rows import Extra
 from sftcli.stages.common import codec_for, encode_lines, read_lines_of, template_for
 from sftcli.text import pretokenized
-from sftcli.text.folder import stop_ids
+from sftcli.text.folder import folder_template, stop_ids
 from sftcli.text.records import read_record, renamed
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
@@ -70,6 +70,8 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     engine = choose_engine(options.device, options.dtype)
     network = load_trained(folder, engine.dtype).to(engine.device)
     stops, texts = _stop_set(options, codec, folder.path, artifacts.text_folder(words))
+    if outside := [token for token in stops if not 0 <= token < folder.config.vocab_size]:
+        console.warn(f"generate: stop token {outside[0]} is beyond the vocabulary of {folder.config.vocab_size:,}")
     asked: deque[_Asked] = deque()
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
@@ -110,11 +112,11 @@ def _models(options: Generate, model: str) -> tuple[ModelFolder, list[tuple[str,
 
 def _words_of(model: str, options: Generate) -> str:
     """Whose tokenizer, template and stop set count: those of the first adapter that brings them, else of -m."""
-    for name in options.adapter:
-        place = None if name == NONE else artifacts.adapter_folder(name)
-        if place and (place / "tokenizer.json").is_file():
-            return str(place)
-    return model
+    places = [artifacts.adapter_folder(name) for name in options.adapter if name != NONE]
+    bringing = [place for place in places if place and (place / "tokenizer.json").is_file()]
+    if len({folder_template(place) for place in bringing}) > 1 and not (options.template or options.template_text):
+        raise UsageError("the adapters were trained with different chat templates", hint="--template, or one at a time")
+    return str(bringing[0]) if bringing else model
 
 
 def _stop_set(options: Generate, codec: Codec, *folders: Path) -> tuple[list[int], list[str]]:

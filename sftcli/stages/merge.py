@@ -5,9 +5,8 @@ from sftcli.errors import CheckpointError, UsageError
 from sftcli.model.adapters.lora import merge as merge_updates
 from sftcli.model.adapters.peft import apply, open_adapter, trained_on_another
 from sftcli.model.checkpoint import DTYPES, SHARD_SIZE, load_trained, open_folder, save_model
+from sftcli.model.tensorfile import bytes_of
 from sftcli.text.folder import folder_template, stop_ids
-
-NAMES = {"config.json"}
 
 
 def merge(
@@ -19,10 +18,9 @@ def merge(
         raise CheckpointError(f"{adapter} is no adapter: no {artifacts.ADAPTER_CONFIG} in it")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    bytes_of(shard_size)
     base, _ = artifacts.model_and_adapter(model or str(place))
-    target = artifacts.make_folder(output, NAMES)
-    if target.resolve() in (base.resolve(), place.resolve()):
-        raise UsageError(f"{output} holds what is merged", hint="another -o")
+    target = artifacts.new_folder(output)
     folder = open_folder(base)
     found = open_adapter(str(place), folder)
     if trained_on_another(found, folder):
@@ -32,6 +30,7 @@ def merge(
     merge_updates(network)
     if network.config.tied != folder.config.tied:  # embedding and head were trained apart
         folder.json["tie_word_embeddings"] = network.config.tied
-    stored = DTYPES[dtype] if dtype else folder.dtype
-    save_model(network, folder, target, stop_ids(place), folder_template(place), stored, shard_size)
-    console.note(f"merge: {base} and {place}, {len(found.sites)} layers changed, in {str(stored)[6:]}; wrote {output}")
+    kind = DTYPES[dtype] if dtype else None
+    save_model(network, folder, target, stop_ids(place), folder_template(place), kind, shard_size)
+    held = str(kind or folder.dtype).removeprefix("torch.")
+    console.note(f"merge: {base} and {place}, {len(found.sites)} layers changed, in {held}; wrote {output}")

@@ -32,6 +32,8 @@ def show(path: str, count: int, model: str | None) -> None:
         for row in islice(rows, count):
             views.show_row(row, _names(codec, row.tokenizer), stderr=False)
         return
+    if path.endswith((".gguf", ".json")):
+        raise UsageError(f"{path} is no artifact of the pipeline", hint="rows, JSON lines, or a run folder")
     lines = read_objects(path)
     first = next(lines, None)
     if first is None:

@@ -176,7 +176,8 @@ def _checkpoint_due(job: Job, step: int, epoch_ends: bool) -> bool:
 
 
 def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
-    line = asdict(report) | {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+    line = {name: value for name, value in asdict(report).items() if value != {}}  # no rows with turns, no role
+    line |= {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
     if evaluation:
         line |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, "eval_tokens": evaluation.tokens}
     return line
@@ -253,7 +254,7 @@ def _save(job: Job, base: str) -> list[Path]:
     """Write what was trained; returns the files of its weights."""
     template, options = _template_of_rows(job), job.options
     if not options.adapter:
-        dtype = job.folder.dtype if options.save_dtype == "base" else DTYPES[options.save_dtype]
+        dtype = None if options.save_dtype == "base" else DTYPES[options.save_dtype]
         save_model(job.model, job.folder, job.run / MODEL, job.stops, template, dtype, options.shard_size)
         return weight_files(job.run / MODEL)
     stops = job.stops or stop_ids(job.folder.path)

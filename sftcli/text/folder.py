@@ -16,7 +16,21 @@ def load_codec(folder: Path) -> Codec:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"model folder {folder} has no tokenizer.json", hint="copy it from the model's base")
-    return Codec(read_bytes(path), str(path), _specials(folder))
+    codec = Codec(read_bytes(path), str(path), _specials(folder))
+    _check_vocabulary(codec, folder / "config.json")
+    return codec
+
+
+def _check_vocabulary(codec: Codec, path: Path) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows; added ones may lie beyond (Gemma 3's for images)."""
+    config = read_json(path) if path.is_file() else {}
+    rows = config.get("vocab_size") if isinstance(config, dict) else None
+    tokens = codec.tokenizer.get_vocab_size(with_added_tokens=False)
+    if type(rows) is int and tokens > rows:
+        raise CheckpointError(
+            f"{path.parent}: its tokenizer has {tokens:,} tokens, its embedding {rows:,} rows",
+            hint="the tokenizer belongs to another model, or was extended without it",
+        )
 
 
 def load_tokenizer_file(name: str) -> Codec:

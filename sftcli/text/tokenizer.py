@@ -46,6 +46,8 @@ class Codec:
         self.specials = specials or {}
         added: list[dict[str, Any]] = self.json.get("added_tokens") or []
         self.added = {token["content"]: token["id"] for token in added}
+        if "" in self.added:
+            raise CheckpointError(f"tokenizer {name}: added token {self.added['']} is empty text")
         self.special_ids = {token["id"] for token in added if token["special"]}
         # some tokenizers keep runs of spaces as added tokens: those control nothing
         self.controls = {t["content"]: t["id"] for t in added if t["special"] or t["content"].strip()}

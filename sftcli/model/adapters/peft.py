@@ -145,12 +145,14 @@ def _sorted_keys(
     for key, shape in keys.items():
         name = key.removeprefix(PREFIX)
         part = next((part for part in PARTS if name.endswith(f".{part}")), None)
+        if name == key or (part is None and ".lora_" in name):
+            raise CheckpointError(f"{place}: tensor {key} is not supported")
         if part:
             parts.setdefault(name.removesuffix(f".{part}"), {})[part] = shape
-        elif name == key or ".lora_" in name:
-            raise CheckpointError(f"{place}: tensor {key} is not supported")
         else:
             saved[key] = name.replace(".base_layer.", ".")
+    if not keys:
+        raise CheckpointError(f"{place}: {ADAPTER_WEIGHTS} holds no tensor")
     return parts, saved
 
 

@@ -66,16 +66,18 @@ class Family:
 
     def tensors(self, config: GPTConfig) -> list[Stored]:
         """Every tensor of the family's files."""
-        found = [stored for theirs, ours in self.outside.items() for stored in self._module(config, theirs, (ours,))]
+        shapes = shapes_of(config)
+        found = [s for theirs, ours in self.outside.items() for s in self._module(config, shapes, theirs, (ours,))]
         for n in range(config.layers):
             for theirs, ours in self.layer.items():
                 parts = (ours,) if isinstance(ours, str) else ours
                 ours_here = tuple(f"blocks.{n}.{part}" for part in parts)
-                found += self._module(config, self.layers.format(n) + theirs, ours_here)
+                found += self._module(config, shapes, self.layers.format(n) + theirs, ours_here)
         return found
 
-    def _module(self, config: GPTConfig, theirs: str, ours: tuple[str, ...]) -> list[Stored]:
-        shapes = shapes_of(config)
+    def _module(
+        self, config: GPTConfig, shapes: Mapping[str, torch.Size], theirs: str, ours: tuple[str, ...]
+    ) -> list[Stored]:
         found = []
         for kind in ("weight", "bias"):
             names = tuple(f"{module}.{kind}" for module in ours)

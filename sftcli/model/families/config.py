@@ -4,7 +4,7 @@ from typing import Any
 
 from sftcli.errors import CheckpointError
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 2_000
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -44,7 +44,16 @@ def number(config: dict[str, Any], key: str, default: float | None = None) -> fl
         value = required(config, key) if default is None else default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"config.json: {key} = {value!r} is not a number")
+    if not abs(value) < 1e30:  # NaN, too
+        raise CheckpointError(f"config.json: {key} = {value!r} makes no sense")
     return float(value)
+
+
+def positive(config: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = number(config, key, default)
+    if value <= 0:
+        raise CheckpointError(f"config.json: {key} = {value:g} is not above 0")
+    return value
 
 
 def optional_number(config: dict[str, Any], key: str, default: float | None = None) -> float | None:

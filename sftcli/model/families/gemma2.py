@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, gemma
-from sftcli.model.families.config import layer_types, number, optional_number, sizes, windows
+from sftcli.model.families.config import layer_types, optional_number, positive, sizes, windows
 from sftcli.model.families.llama import ATTENTION, MLP, OUTSIDE, SANDWICH
 from sftcli.model.gpt import GPTConfig
 
@@ -15,7 +15,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         **gemma.switches(config, found),
         placement="sandwich",
         windows=windows(config, layer_types(config, found["layers"], default), default=4096),
-        attention_scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=positive(config, "query_pre_attn_scalar", 256) ** -0.5,
         attention_cap=optional_number(config, "attn_logit_softcapping", 50.0),
         logit_cap=optional_number(config, "final_logit_softcapping", 30.0),
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, gemma
-from sftcli.model.families.config import layer_types, number, optional_number, size, sizes, windows
+from sftcli.model.families.config import layer_types, optional_number, positive, size, sizes, windows
 from sftcli.model.families.llama import ATTENTION, MLP, OUTSIDE, QK_NORMS, SANDWICH
 from sftcli.model.families.ropes import reach, read_rope_of
 from sftcli.model.gpt import GPTConfig
@@ -31,7 +31,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         placement="sandwich",
         qk_norm="head",
         windows=windows(config, kinds, default=4096),
-        attention_scale=number(config, "query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=positive(config, "query_pre_attn_scalar", 256) ** -0.5,
         attention_cap=optional_number(config, "attn_logit_softcapping"),
         logit_cap=optional_number(config, "final_logit_softcapping"),
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, sizes, switch
+from sftcli.model.families.config import activation, positive, sizes, switch
 from sftcli.model.families.llama import ATTENTION, FUSED_MLP, NORMS, OUTSIDE
 from sftcli.model.families.ropes import reach, read_rope
 from sftcli.model.gpt import GPTConfig
@@ -16,7 +16,7 @@ def switches(config: dict[str, Any]) -> dict[str, Any]:
     return found | {
         "context": reach(rope, found["context"]),
         "norm": "rms",
-        "norm_eps": number(config, "rms_norm_eps", 1.5625e-7),
+        "norm_eps": positive(config, "rms_norm_eps", 1.5625e-7),
         "activation": activation(config, "hidden_act", "silu"),
         "ropes": (rope,) * found["layers"],
         "qkv_bias": switch(config, "attention_bias", True),

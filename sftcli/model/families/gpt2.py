@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, refuse, size, sizes, switch
+from sftcli.model.families.config import activation, positive, refuse, size, sizes, switch
 from sftcli.model.gpt import GPTConfig
 
 
@@ -27,7 +27,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         **found,
         norm="layer",
-        norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        norm_eps=positive(config, "layer_norm_epsilon", 1e-5),
         learned_positions=True,
         gated=False,
         activation=activation(config, "activation_function", "gelu_new"),

@@ -4,7 +4,7 @@ from typing import Any
 
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, size, sizes, switch
+from sftcli.model.families.config import activation, positive, size, sizes, switch
 from sftcli.model.gpt import GPTConfig
 
 
@@ -13,7 +13,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         **found,
         norm="layer",
-        norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        norm_eps=positive(config, "layer_norm_epsilon", 1e-5),
         learned_positions=True,
         windows=_windows(config, found["layers"]),
         attention_scale=1.0,
@@ -30,7 +30,7 @@ def _windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:
     kinds: list[str] = []
     try:
         for names, times in config.get("attention_types") or [[["global", "local"], layers // 2]]:
-            kinds += list(names) * times if len(kinds) < layers else []
+            kinds += list(names) * min(times, layers)
     except (TypeError, ValueError):
         raise CheckpointError("config.json: attention_types is not a list of [names, times]") from None
     if len(kinds) != layers or not set(kinds) <= {"global", "local"}:

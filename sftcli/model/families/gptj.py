@@ -4,7 +4,7 @@ from typing import Any
 
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, size, sizes, switch
+from sftcli.model.families.config import activation, positive, size, sizes, switch
 from sftcli.model.gpt import GPTConfig
 from sftcli.model.rope import Rope
 
@@ -25,7 +25,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         **found,
         norm="layer",
-        norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        norm_eps=positive(config, "layer_norm_epsilon", 1e-5),
         residual="parallel_shared",
         ropes=(Rope(dim, 10000.0, interleaved=True),) * found["layers"],
         gated=False,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import number, sizes, switch
+from sftcli.model.families.config import number, positive, sizes, switch
 from sftcli.model.families.llama import ATTENTION, MLP, NORMS, OUTSIDE, switches
 from sftcli.model.gpt import GPTConfig
 
@@ -18,7 +18,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         embedding_scale=number(config, "embedding_multiplier", 1.0),
         residual_scale=number(config, "residual_multiplier", 1.0),
         attention_scale=number(config, "attention_multiplier", 1.0),
-        logit_scale=1.0 / number(config, "logits_scaling", 1.0),
+        logit_scale=1.0 / positive(config, "logits_scaling", 1.0),
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, refuse, sizes, switch
+from sftcli.model.families.config import activation, positive, refuse, sizes, switch
 from sftcli.model.families.ropes import reach, read_rope
 from sftcli.model.gpt import GPTConfig
 
@@ -30,7 +30,7 @@ def switches(config: dict[str, Any], found: dict[str, Any], eps: float = 1e-6, t
         **found,
         "context": reach(rope, found["context"]),
         "norm": "rms",
-        "norm_eps": number(config, "rms_norm_eps", eps),
+        "norm_eps": positive(config, "rms_norm_eps", eps),
         "activation": activation(config, "hidden_act", "silu"),
         "ropes": (rope,) * found["layers"],
         "tied": switch(config, "tie_word_embeddings", tied),

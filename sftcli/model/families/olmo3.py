@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, olmo2
-from sftcli.model.families.config import layer_types, number, sizes, switch, windows
+from sftcli.model.families.config import layer_types, positive, sizes, switch, windows
 from sftcli.model.families.ropes import reach, read_rope_of
 from sftcli.model.gpt import GPTConfig
 
@@ -20,7 +20,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         **common,
         norm="rms",
-        norm_eps=number(config, "rms_norm_eps", 1e-5),
+        norm_eps=positive(config, "rms_norm_eps", 1e-5),
         ropes=tuple(ropes[kind] for kind in kinds),
         windows=windows(config, kinds, default=4096),
         tied=switch(config, "tie_word_embeddings", False),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, refuse, sizes, switch
+from sftcli.model.families.config import activation, positive, refuse, sizes, switch
 from sftcli.model.families.ropes import reach, read_rope
 from sftcli.model.gpt import GPTConfig
 
@@ -16,7 +16,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         **common,
         norm="layer",
-        norm_eps=number(config, "layer_norm_eps", 1e-5),
+        norm_eps=positive(config, "layer_norm_eps", 1e-5),
         residual="parallel_shared",
         ropes=(rope,) * found["layers"],
         gated=False,

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from sftcli.errors import CheckpointError
-from sftcli.model.families.config import number, size, switch
+from sftcli.model.families.config import number, positive, size, switch
 from sftcli.model.rope import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, Yarn
 
 
@@ -56,15 +56,17 @@ def _scaling(parameters: dict[str, Any], config: dict[str, Any], dim: int) -> Sc
     if kind == "default":
         return None
     if kind == "linear":
-        return Linear(number(parameters, "factor"))
+        return Linear(positive(parameters, "factor"))
     if kind == "dynamic":
-        return Dynamic(number(parameters, "factor"), size(config, "max_position_embeddings"))
+        return Dynamic(positive(parameters, "factor"), size(config, "max_position_embeddings"))
     original = size(config, "original_max_position_embeddings", size(config, "max_position_embeddings"))
     if "original_max_position_embeddings" not in config:
         original = size(parameters, "original_max_position_embeddings", original)
     if kind == "llama3":
-        low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
-        return Llama3(number(parameters, "factor"), low, high, original)
+        low, high = positive(parameters, "low_freq_factor"), positive(parameters, "high_freq_factor")
+        if high <= low:
+            raise CheckpointError(f"config.json: high_freq_factor {high:g} is not above low_freq_factor {low:g}")
+        return Llama3(positive(parameters, "factor"), low, high, original)
     if kind == "yarn":
         return _yarn(parameters, config, original)
     if kind in ("longrope", "su"):
@@ -74,7 +76,7 @@ def _scaling(parameters: dict[str, Any], config: dict[str, Any], dim: int) -> Sc
 
 def _stretch(parameters: dict[str, Any], config: dict[str, Any], original: int) -> float:
     """How many times longer the context has become."""
-    return number(parameters, "factor", size(config, "max_position_embeddings") / original)
+    return positive(parameters, "factor", size(config, "max_position_embeddings") / original)
 
 
 def _yarn(parameters: dict[str, Any], config: dict[str, Any], original: int) -> Yarn:
@@ -84,13 +86,15 @@ def _yarn(parameters: dict[str, Any], config: dict[str, Any], original: int) -> 
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     whole, part = parameters.get("mscale_all_dim"), parameters.get("mscale")
-    amplitude = gain(float(part)) / gain(float(whole)) if whole and part else gain(1.0)
+    amplitude = (
+        gain(number(parameters, "mscale")) / gain(number(parameters, "mscale_all_dim")) if whole and part else gain(1.0)
+    )
     return Yarn(
         factor=factor,
         original=original,
-        fast=float(parameters.get("beta_fast") or 32),
-        slow=float(parameters.get("beta_slow") or 1),
-        amplitude=number(parameters, "attention_factor", amplitude),
+        fast=positive(parameters, "beta_fast") if parameters.get("beta_fast") else 32.0,
+        slow=positive(parameters, "beta_slow") if parameters.get("beta_slow") else 1.0,
+        amplitude=positive(parameters, "attention_factor", amplitude),
         truncate=switch(parameters, "truncate", True),
     )
 
@@ -103,8 +107,8 @@ def _longrope(parameters: dict[str, Any], config: dict[str, Any], original: int,
         values = parameters.get(key)
         if not isinstance(values, list) or len(values) != dim // 2:
             raise CheckpointError(f"config.json: {key} must be {dim // 2} numbers, one a pair")
-        divisors.append(tuple(float(value) for value in values))
-    return LongRope(divisors[0], divisors[1], original, number(parameters, "attention_factor", amplitude))
+        divisors.append(tuple(positive({key: value}, key) for value in values))
+    return LongRope(divisors[0], divisors[1], original, positive(parameters, "attention_factor", amplitude))
 
 
 def reach(rope: Rope, context: int) -> int:

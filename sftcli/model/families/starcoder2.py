@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, number, sizes, switch, windows
+from sftcli.model.families.config import activation, positive, sizes, switch, windows
 from sftcli.model.families.llama import ATTENTION, NORMS, OUTSIDE
 from sftcli.model.families.ropes import reach, read_rope
 from sftcli.model.gpt import GPTConfig
@@ -17,7 +17,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     return GPTConfig(
         **common,
         norm="layer",
-        norm_eps=number(config, "norm_epsilon", 1e-5),
+        norm_eps=positive(config, "norm_epsilon", 1e-5),
         ropes=(rope,) * found["layers"],
         windows=windows(config, ["sliding_attention"] * found["layers"]),
         gated=False,

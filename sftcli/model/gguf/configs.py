@@ -72,6 +72,8 @@ def _rotation(file: GGUF, one: Architecture, config: dict[str, Any]) -> dict[str
     found: dict[str, Any] = {"head_dim": head} if one.head_dim else {}
     turning = turning or head
     parameters = read_rope(file, one.name, turning, config["max_position_embeddings"])
+    if not one.rotary and turning != head:
+        raise CheckpointError(f"{file.path}: {turning} of the {head} numbers of a head turn, which is not supported")
     if one.rotary:
         found[one.rotary] = parameters["partial_rotary_factor"] = turning / head
     if one.model_type == "phi3" and parameters["rope_type"] == "longrope":

@@ -74,7 +74,7 @@ def open_gguf(path: str) -> GGUF:
         raise CheckpointError(f"{path} is damaged: {told}") from None
     if reader.endianess == library().GGUFEndian.BIG:
         raise CheckpointError(f"{path} is big-endian, which is not supported")
-    if fields.get("split.count", 0) > 1:
+    if fields.get("split.count", 0) not in (0, 1):
         raise CheckpointError(f"{path} is one of {fields['split.count']} parts", hint="llama-gguf-split --merge")
     return GGUF(Path(path), fields, {tensor.name: tensor for tensor in reader.tensors})
 

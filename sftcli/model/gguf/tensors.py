@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sftcli.errors import CheckpointError
-from sftcli.model.checkpoint import SHARD_SIZE, ModelFolder, stored_shape
+from sftcli.model.checkpoint import SHARD_SIZE, ModelFolder, narrowed, stored_shape
 from sftcli.model.families import Stored
 from sftcli.model.gguf.architectures import Architecture
 from sftcli.model.gguf.configs import HEAD
@@ -92,7 +92,7 @@ def _imported(file: GGUF, layout: Layout, name: str, stored: Stored, dtype: torc
     """A tensor in `dtype`; a vector that would lose by it (files keep them in float32) stays as it is."""
     packed = file.read(name)
     value = layout.from_file(name, stored, packed)
-    narrow = value.to(dtype)
+    narrow = narrowed(stored.name, value, dtype)
     exact = value.ndim > 1 or torch.equal(layout.to_file(name, stored, narrow.float()), packed)
     return narrow if exact else value
 
