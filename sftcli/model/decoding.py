@@ -270,7 +270,8 @@ def _fed(model: GPT, table: Table, slots: list[_Slot], chosen: list[int]) -> tup
     ones: it is encoded anew.
     """
     turning = [rope.scaling.original + 1 for rope in model.config.ropes if rope and isinstance(rope.scaling, LongRope)]
-    anew = [slot for slot in slots if len(slot.prompt.ids) + len(slot.made) in turning]
+    before = model.prefix.length if model.prefix else 0
+    anew = [slot for slot in slots if before + len(slot.prompt.ids) + len(slot.made) in turning]
     if anew:
         kept = [i for i, slot in enumerate(slots) if slot not in anew]
         table.keep(kept)
