@@ -230,15 +230,17 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 for an adapter)."),
+        typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 an adapter, 1e-2 a prefix)."),
     ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
-            metavar="lora|prefix", help="Train a low-rank update, or a prefix; --set adapter.rank=16 and more."
+            metavar="lora|prefix|prompt", help="Train a low-rank update or a prefix; --set adapter.rank=16 and more."
         ),
     ] = None,
-    prefix_length: Annotated[int | None, typer.Option(metavar="P", help="Positions of --adapter prefix (10).")] = None,
+    prefix_length: Annotated[
+        int | None, typer.Option(metavar="P", help="Positions of a prefix or prompt (10).")
+    ] = None,
     prefix_mlp: Annotated[
         int | None, typer.Option(metavar="M", help="Train the prefix through an MLP of this width.")
     ] = None,

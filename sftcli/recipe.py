@@ -189,7 +189,15 @@ class Prefix(Options):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on keys and values
 
 
-Adapter = Annotated[Lora | Prefix, Field(discriminator="kind")]
+class Prompt(Options):
+    """Trained embeddings of virtual tokens before every row; they take `length` positions of the context."""
+
+    kind: Literal["prompt"] = "prompt"
+    length: Positive = 10
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+Adapter = Annotated[Lora | Prefix | Prompt, Field(discriminator="kind")]
 
 
 class Train(Options):

@@ -1,4 +1,4 @@
-"""Prefix tuning: vectors, PEFT's logits both ways, `sft train` with it, and decoding where positions begin at P."""
+"""Prefix and prompt tuning: vectors, PEFT's logits both ways, `sft train` with it, and decoding where positions begin at P."""
 
 import json
 from pathlib import Path
@@ -23,10 +23,10 @@ from model_fixtures import (
     write_jsonl,
 )
 
-from sftcli import artifacts, console
+from sftcli import artifacts, console, recipe
 from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.model.adapters import adapt, peft
-from sftcli.model.adapters.prefix import PrefixTable, attach, keys_and_values, width_of
+from sftcli.model.adapters.prefix import PrefixTable, PromptTable, attach, keys_and_values, width_of
 from sftcli.model.attention import Sight, attend
 from sftcli.model.batches import make_batch
 from sftcli.model.checkpoint import load_model, open_folder
@@ -43,6 +43,7 @@ from sftcli.stages.train import train
 END = 2  # <|im_end|> of the tiny tokenizer
 IDS = ids_of()
 P = 5
+PROMPTS = [{"prompt": "Name a river.", "id": "a"}, {"prompt": "How many?", "id": "b"}]
 LENGTHS = [12, 7, 20, 9, 15, 5, 11, 18, 6]
 CASES = ("llama", "gpt2", "qwen3", "gemma", "gpt_neox", "gemma2 uncapped", "gemma2", "llama dynamic", "phi3 longrope")
 CASES += ("olmo2", "glm", "granite", "stablelm parallel")
@@ -103,6 +104,8 @@ def test_sizes_are_pf_3():
         assert model.prefix.flat().shape == (20, 18_432) and model.prefix.flat().numel() == 368_640
         options = Train(adapter=Prefix(length=20, mlp=mlp))
         assert estimate(config, options, 24, family)["trained_parameters"] == count
+    prompt = Train(adapter=recipe.Prompt(length=20))
+    assert estimate(config, prompt, 24, family)["trained_parameters"] == 20 * 768
 
 
 # ---- one rule: every query sees the prefix, no window counts it, tokens stand at P, P + 1, ...
@@ -133,6 +136,15 @@ def test_prefix_of_real_tokens_gives_the_logits_of_the_longer_row(preset, tmp_pa
     both = torch.stack([torch.stack([k[0, :, :P], v[0, :, :P]]) for k, v in zip(table.keys, table.values, strict=True)])
     flat = both.permute(3, 0, 1, 2, 4).flatten(1)  # (P, 2 L G D)
     attach(model, PrefixTable(model.config, flat))
+    torch.testing.assert_close(row_logits(model, ids[P:]), whole[P:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_prompt_of_real_tokens_gives_the_logits_of_the_longer_row(preset, tmp_path):
+    model = model_of(model_folder(tmp_path / "m", preset))
+    ids = random_ids(20, 1)
+    whole = row_logits(model, ids)
+    attach(model, PromptTable(model.config, model.embedding.weight.detach()[ids[:P]]))
     torch.testing.assert_close(row_logits(model, ids[P:]), whole[P:], atol=1e-5, rtol=1e-5)
 
 
@@ -187,9 +199,9 @@ def same(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def save_theirs(oracle, theirs, path, **options):
+def save_theirs(oracle, theirs, path, kind="Prefix", **options):
     torch.manual_seed(0)
-    config = oracle.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, **options)
+    config = getattr(oracle, f"{kind}TuningConfig")(task_type="CAUSAL_LM", num_virtual_tokens=P, **options)
     adapted = oracle.get_peft_model(theirs, config)
     adapted.peft_config["default"].base_model_name_or_path = "base"
     adapted.save_pretrained(path)
@@ -221,6 +233,40 @@ def test_prefix_saved_here_gives_our_logits_in_peft(oracle, case, mlp, tmp_path)
     loaded = oracle.PeftModel.from_pretrained(theirs, tmp_path / "ours")
     same(their_logits(loaded.eval(), IDS), expected)
     same(row_logits(ours_on(folder, tmp_path / "ours"), IDS), expected)
+
+
+PROMPTED = ("llama", "gpt2", "qwen3", "gemma", "gemma2", "phi", "stablelm parallel", "olmo2")
+
+
+@pytest.mark.parametrize("case", PROMPTED)
+def test_prompt_saved_by_peft_gives_its_logits_here(oracle, case, tmp_path):
+    theirs, folder = folder_of(case, tmp_path / "base")
+    adapted = save_theirs(oracle, theirs, tmp_path / "theirs", kind="Prompt")
+    found = row_logits(ours_on(folder, tmp_path / "theirs"), IDS)
+    same(found, their_logits(adapted, IDS)[P:])  # PEFT gives the logits of its virtual tokens, too
+    assert float((found - row_logits(load_model(folder), IDS)).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("case", PROMPTED)
+def test_prompt_saved_here_gives_our_logits_in_peft(oracle, case, tmp_path):
+    theirs, folder = folder_of(case, tmp_path / "base")
+    model, options = load_model(folder), recipe.Prompt(length=P)
+    adapt(model, folder.family, options, seed=1)
+    expected = row_logits(model, IDS)
+    peft.save_adapter(model, folder, tmp_path / "ours", options, "base", {})
+    loaded = oracle.PeftModel.from_pretrained(theirs, tmp_path / "ours")
+    same(their_logits(loaded.eval(), IDS)[P:], expected)
+    same(row_logits(ours_on(folder, tmp_path / "ours"), IDS), expected)
+
+
+@pytest.mark.parametrize("case", ["granite", "llama dynamic", "phi3 longrope"])
+def test_prompt_is_refused_where_it_would_be_another_one(oracle, case, tmp_path):
+    theirs, folder = folder_of(case, tmp_path / "base")
+    with pytest.raises(UsageError, match="no virtual tokens for this model"):
+        adapt(load_model(folder), folder.family, recipe.Prompt(), seed=1)
+    save_theirs(oracle, theirs, tmp_path / "theirs", kind="Prompt")
+    with pytest.raises(CheckpointError, match="no virtual tokens for"):
+        peft.open_adapter(str(tmp_path / "theirs"), folder)
 
 
 def test_beyond_a_window_peft_forgets_the_prefix_and_we_do_not(oracle, tmp_path):
@@ -350,7 +396,7 @@ def test_run_lowers_the_loss_and_leaves_the_base_bit_for_bit(base, rows, tmp_pat
 @pytest.mark.parametrize(
     "settings",
     [("adapter.dropout=0.2",), ("adapter.mlp=16", "adapter.dropout=0.2"), ("gradient_checkpointing=true",),
-     ("optimizer.kind=muon",), ("base_dtype=bfloat16",), ("dtype=bfloat16", "adapter.mlp=16")],
+     ("optimizer.kind=muon",), ("adapter.kind=prompt", "adapter.dropout=0.2", "gradient_checkpointing=true"), ("base_dtype=bfloat16",), ("dtype=bfloat16", "adapter.mlp=16")],
     ids=str,
 )  # fmt: skip
 def test_killed_run_resumes_to_the_sha256_of_the_whole_one(base, rows, tmp_path, settings):
@@ -364,7 +410,7 @@ def test_killed_run_resumes_to_the_sha256_of_the_whole_one(base, rows, tmp_path,
     again = train(options, rows, str(base), str(run), resumed=True)
     assert again.sha256 == whole.sha256 and metrics(run) == log
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    assert config["prefix_projection"] is False  # the MLP is in the checkpoints and nowhere else
+    assert not config.get("prefix_projection")  # the MLP is in the checkpoints and nowhere else
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -385,14 +431,20 @@ def test_one_micro_batch_or_eight_give_equal_gradients(preset, checkpointing, tm
     assert_equal_gradients(found[1], found[0], 1e-5)
 
 
-def test_gradients_equal_those_of_peft(oracle, tmp_path):
+@pytest.mark.parametrize("kind", ["Prefix", "Prompt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_those_of_peft(oracle, kind, checkpointing, tmp_path):
     theirs, folder = folder_of("llama", tmp_path / "base")
-    adapted = save_theirs(oracle, theirs, tmp_path / "theirs")
+    adapted = save_theirs(oracle, theirs, tmp_path / "theirs", kind=kind)
     ids = torch.tensor([IDS])
-    adapted(ids, labels=ids).loss.backward()
+    loss = adapted(ids, labels=ids).loss
+    if kind == "Prompt":  # PEFT trains the first token behind its virtual ones, too; we do not
+        loss = torch.nn.functional.cross_entropy(adapted(ids).logits[0, P:-1], ids[0, 1:])
+    loss.backward()
     expected = adapted.prompt_encoder["default"].embedding.weight.grad
     model = ours_on(folder, tmp_path / "theirs")
     model.prefix.requires_grad_(True)
+    model.gradient_checkpointing = checkpointing
     model.train()
     accumulate(model, [make_row(IDS)], 999, CPU)
     torch.testing.assert_close(model.prefix.table.grad, expected, atol=1e-6, rtol=1e-4)
@@ -402,25 +454,34 @@ def test_dropout_falls_on_the_prefix_in_training_only(base):
     folder = open_folder(base)
     model = load_model(folder)
     adapt(model, folder.family, Prefix(length=P, mlp=8, dropout=0.5), seed=2)
-    kept = model.eval().prefix()
+    kept = model.eval().prefix(model)
     assert int((kept == 0).sum()) == 0
-    dropped = model.train().prefix()
+    dropped = model.train().prefix(model)
     share = float((dropped == 0).float().mean())
     assert 0.35 < share < 0.65
     torch.testing.assert_close(dropped[dropped != 0], 2 * kept[dropped != 0])
 
 
 def test_prefix_that_trains_on_is_not_answered_from_what_was_kept(base):
-    model = prefixed(model_of(base))
+    folder = open_folder(base)
+    model = load_model(folder)
+    adapt(model, folder.family, Prefix(length=P, mlp=8), seed=2)
     with torch.no_grad():
-        first = model.prefix()
-        assert model.prefix() is first
-        first = first.clone()
-    model.train()
-    with torch.no_grad():
-        model.prefix.table.add_(1.0)
-        model(make_batch(make_rows([5])))
-        torch.testing.assert_close(model.eval().prefix(), first + 1)
+        first = model.eval().prefix(model)
+        assert model.prefix(model) is first
+        model.train()
+        model.prefix.outer_bias.add_(1.0)
+        torch.testing.assert_close(model.eval().prefix(model), first + 1)
+    assert model.prefix(model).requires_grad  # what is kept has no gradient
+
+
+def test_prefix_is_the_saved_one_bit_for_bit_when_the_model_computes_in_bfloat16(base):
+    folder = open_folder(base)
+    model = load_model(folder)
+    adapt(model, folder.family, Prefix(length=P, mlp=8), seed=2)
+    expected = model.prefix(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.prefix(model), expected)
 
 
 def test_context_is_shorter_by_the_prefix(base, tmp_path):
@@ -447,6 +508,31 @@ def test_options_that_cannot_be_are_refused_by_path(settings, told):
         parse(Train, apply_settings({}, settings), section="train")
     assert parse(Train, {"adapter": {"rank": 4}}).adapter == Lora(rank=4)
     assert parse(Train, {"adapter": "prefix"}).adapter == Prefix()
+    assert parse(Train, {"adapter": "prompt"}).adapter == recipe.Prompt()
+
+
+def test_prompt_run_lowers_the_loss_and_answers_through_its_run(sft, base, rows, tmp_path):
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    options = options_of("adapter.kind=prompt", "epochs=12", "optimizer.lr=0.3")
+    train(options, rows, str(base), str(tmp_path / "run"))
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    scores = [sft("evaluate", rows, "-m", path).rows[0]["loss"] for path in (tmp_path / "run", base)]
+    assert scores[0] < scores[1] - 0.1
+    written = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {name: tuple(value.shape) for name, value in written.items()} == {"prompt_embeddings": (P, 32)}
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "PROMPT_TUNING" and config["token_dim"] == 32 and config["num_attention_heads"] == 4
+    asked = write_jsonl(tmp_path / "q.jsonl", PROMPTS)
+    assert sft("generate", asked, "-m", tmp_path / "run", "--max-new-tokens", 4).code == 0
+    assert sft("merge", tmp_path / "run", "-o", tmp_path / "merged").code == 2
+
+
+@pytest.mark.parametrize(
+    ("adapter", "lr"), [("prefix", 1e-2), ({"kind": "prefix", "mlp": 8}, 2e-4), ("prompt", 1e-2), ("lora", 2e-4)]
+)
+def test_learning_rate_where_none_is_given(base, rows, tmp_path, adapter, lr):
+    train(parse(Train, {"adapter": adapter, "max_steps": 1, "sample_rows": 0}), rows, str(base), str(tmp_path / "run"))
+    assert metrics(tmp_path / "run")[0]["lr"] == pytest.approx(lr)
 
 
 # ---- decoding
@@ -462,8 +548,13 @@ def greedy(model, ids, steps):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_padded_batch_equals_one_by_one(preset, side, tmp_path):
-    model = prefixed(model_of(model_folder(tmp_path / "m", preset)))
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_padded_batch_equals_one_by_one(preset, side, kind, tmp_path):
+    model = model_of(model_folder(tmp_path / "m", preset))
+    if kind == "prefix":
+        prefixed(model)
+    else:
+        attach(model, PromptTable(model.config, torch.randn(P, model.config.width)))
     prompts = [Prompt(random_ids(n, n), str(n)) for n in (3, 11, 6, 1, 17)]
     options = Generate(batch_size=3, max_new_tokens=12, pad_side=side)
     found = [done.ids for done in in_order(generate(model, prompts, options, ()))]
@@ -504,9 +595,6 @@ def run(sft, base, rows, tmp_path):
     count = P * 32 + 32 * 16 + 16 + 16 * 64 + 64
     assert f"({count:,} trained, " in done.err
     return tmp_path / "run"
-
-
-PROMPTS = [{"prompt": "Name a river.", "id": "a"}, {"prompt": "How many?", "id": "b"}]
 
 
 def test_generate_compares_base_prefix_and_lora(sft, base, rows, run, tmp_path):

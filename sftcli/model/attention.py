@@ -16,7 +16,7 @@ row's tokens stand behind them: position 0 is the prefix's) and no window counts
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +103,8 @@ class Prefix(Protocol):
 
     length: int
 
-    def __call__(self) -> Tensor:
-        """Keys and values (L, 2, G, P, D)."""
+    def __call__(self, model: Any) -> Tensor:
+        """Keys and values (L, 2, G, P, D) for a GPT."""
         ...
 
 
@@ -167,3 +167,17 @@ class RowAttention:
         q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))  # (rows, heads, length, D)
         seen = group.seen(sight.window, q.device)
         return attend(q, k, v, seen, sight).transpose(1, 2).flatten(0, 1)  # (tokens, H, D)
+
+
+class KeepingAttention(RowAttention):
+    """Attention over rows laid end to end that keeps their keys and values (T, G, D), a list over layers."""
+
+    def __init__(self, groups: list[Group]):
+        super().__init__(groups)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys.append(k)
+        self.values.append(v)
+        return super().__call__(sight, q, k, v)

@@ -205,10 +205,14 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Final hidden states (..., C) of ids (...) at positions (...), counted from the end of a prefix."""
         if self.prefix is not None:
-            attention, positions = Prefixed(attention, self.prefix()), positions + self.prefix.length
+            attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
         x = self.embedding(ids).float()  # the residual stream stays float32 whatever the weights are kept in
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
+        return self.through(x, positions, attention)
+
+    def through(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Final hidden states of tokens that are embedded already (..., C)."""
         if self.position is not None:
             x = x + self.position(positions)
         tables = self._rotary_tables(positions, attention)

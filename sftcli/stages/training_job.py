@@ -27,7 +27,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, load_model
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.training import Engine, Plan, Report, choose_engine
-from sftcli.recipe import Lora, Train
+from sftcli.recipe import Lora, Prefix, Prompt, Train
 from sftcli.rowfile import RowFile, is_row_file, write_rows
 from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
@@ -159,7 +159,8 @@ def _lora_plus(options: Train) -> float | None:
 
 def _default_lr(options: Train, folder: ModelFolder) -> float:
     if options.adapter:
-        return optim.LR_ADAPTER
+        alone = isinstance(options.adapter, Prompt) or (isinstance(options.adapter, Prefix) and not options.adapter.mlp)
+        return optim.LR_TABLE if alone else optim.LR_ADAPTER
     return optim.LR_PRETRAINED if folder.has_weights else optim.LR_FROM_NOTHING
 
 

@@ -3,12 +3,12 @@
 from sftcli.model.adapters import lora, prefix
 from sftcli.model.families import Family
 from sftcli.model.gpt import GPT
-from sftcli.recipe import Lora, Prefix
+from sftcli.recipe import Adapter, Lora
 
 
-def adapt(model: GPT, family: Family, options: Lora | Prefix, seed: int) -> None:
+def adapt(model: GPT, family: Family, options: Adapter, seed: int) -> None:
     """Freeze the model and let only an adapter train."""
-    if isinstance(options, Prefix):
-        prefix.adapt(model, options, seed)
-    else:
+    if isinstance(options, Lora):
         lora.adapt(model, family, options, seed)
+    else:
+        prefix.adapt(model, options, seed)

@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from sftcli import recipe
 from sftcli.artifacts import (
     ADAPTER_CONFIG,
     RUN,
@@ -41,13 +42,19 @@ from sftcli.model.adapters.lora import (
     updates_of,
 )
 from sftcli.model.adapters.prefix import attach as put_before
-from sftcli.model.adapters.prefix_files import KIND as PREFIX_TUNING
-from sftcli.model.adapters.prefix_files import PrefixAdapter, prefix_config, prefix_of, prefix_tensors, read_prefix
+from sftcli.model.adapters.prefix_files import (
+    KINDS,
+    PrefixAdapter,
+    prefix_config,
+    prefix_of,
+    prefix_tensors,
+    read_prefix,
+)
 from sftcli.model.checkpoint import COMPANIONS, ModelFolder, open_folder, replace_folder, stored_shape
 from sftcli.model.families import Stored, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
 from sftcli.model.tensorfile import read_entries, write_tensors
-from sftcli.recipe import Lora, Prefix
+from sftcli.recipe import Lora
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -83,7 +90,7 @@ def open_adapter(path: str, folder: ModelFolder) -> Adapter:
     if place is None:
         raise CheckpointError(f"{path} is no adapter: no {ADAPTER_CONFIG} in it")
     config = read_json(place / ADAPTER_CONFIG)
-    if config.get("peft_type") == PREFIX_TUNING:
+    if config.get("peft_type") in KINDS:
         return read_prefix(config, _shapes(place), place, folder)
     options = read_config(config, place / ADAPTER_CONFIG)
     shapes = _shapes(place)
@@ -130,7 +137,7 @@ def read_config(config: dict[str, Any], path: Path) -> Lora:
     }
     for key, accepted in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None))):
         if config.get(key) not in accepted:
-            hint = f"only {accepted[0]}" + (f" and {PREFIX_TUNING}" if key == "peft_type" else "")
+            hint = f"only {accepted[0]}" + (f", {', '.join(KINDS)}" if key == "peft_type" else "")
             raise CheckpointError(f"{path}: {key} {config.get(key)!r} is not supported", hint=hint)
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         raise CheckpointError(
@@ -218,7 +225,7 @@ def apply(model: GPT, adapter: Adapter) -> Callable[[], None]:
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {adapter.path / ADAPTER_WEIGHTS}: {error}") from None
     if isinstance(adapter, PrefixAdapter):
-        return put_before(model, prefix_of(model, tensors))
+        return put_before(model, prefix_of(model, adapter, tensors))
     detach = attach(model, adapter.options, adapter.sites)
     for site in adapter.sites:
         layers = updates_of(model, site)
@@ -277,16 +284,16 @@ def _parts_embedding_and_head(adapter: LoraAdapter, tensors: Mapping[str, Tensor
 
 
 def save_adapter(
-    model: GPT, folder: ModelFolder, output: Path, options: Lora | Prefix, base: str, extra: Mapping[str, bytes]
+    model: GPT, folder: ModelFolder, output: Path, options: recipe.Adapter, base: str, extra: Mapping[str, bytes]
 ) -> None:
     """Write PEFT's files and the base's tokenizer beside them; `extra`: further files, which win."""
     temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        if isinstance(options, Prefix):
-            tensors, config = prefix_tensors(model), prefix_config(folder.config, options, base)
-        else:
+        if isinstance(options, Lora):
             tensors, config = adapter_tensors(model, folder), peft_config(model, folder, options, base)
+        else:
+            tensors, config = prefix_tensors(model), prefix_config(folder.config, options, base)
         write_tensors(temporary / ADAPTER_WEIGHTS, tensors)
         write_json(temporary / ADAPTER_CONFIG, config)
         for name in COMPANIONS:
