@@ -30,7 +30,7 @@ from sftcli.model.adapters.prefix import PrefixTable, PromptTable, attach, keys_
 from sftcli.model.attention import Sight, attend
 from sftcli.model.batches import make_batch
 from sftcli.model.checkpoint import load_model, open_folder
-from sftcli.model.decoding import Prompt, Table, generate, in_order, prefill
+from sftcli.model.decoding import Completion, Held, Prompt, Table, decode, generate, in_order, prefill
 from sftcli.model.families import family_of
 from sftcli.model.gpt import GPT
 from sftcli.model.memory import estimate
@@ -320,6 +320,7 @@ WIDE = 3 * 2 * 2 * 8  # layers, keys and values, key heads, head width
         ({}, {"prompt_embeddings": torch.zeros(())}, "is missing"),
         ({}, {"prompt_embeddings": torch.zeros(P, WIDE), "other": torch.zeros(2)}, "tensor other is not supported"),
         ({"num_virtual_tokens": 64}, {"prompt_embeddings": torch.zeros(64, WIDE)}, "leaves no room in a context of 64"),
+        ({"peft_type": ["PREFIX_TUNING"]}, None, r"peft_type \['PREFIX_TUNING'\] is not supported"),
         ({"peft_type": "P_TUNING"}, None, "peft_type 'P_TUNING' is not supported"),
     ],
     ids=lambda value: "" if isinstance(value, dict) or value is None else value[:20],
@@ -580,6 +581,18 @@ def test_row_ends_where_the_shorter_context_is_full(preset, tmp_path):
     model = prefixed(model_of(model_folder(tmp_path / "m", preset)))
     (done,) = generate(model, [Prompt(random_ids(50, 1), "a")], Generate(max_new_tokens=99), ())
     assert len(done.ids) == 64 - P - 50 and done.context_full
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_row_that_goes_on_from_what_is_held_equals_whole_forwards(preset, tmp_path):
+    model, options = prefixed(model_of(model_folder(tmp_path / "m", preset))), Generate(max_new_tokens=6)
+    held, first = Held(), random_ids(9, 1)
+    for ids in (first, [*first, *greedy(model, first, 6), *random_ids(5, 2)]):
+        common = held.common(ids)
+        events = decode(model, [Prompt(ids, "a")], options, (), held=held)
+        (answer,) = [event.ids for event in events if isinstance(event, Completion)]
+        assert answer == greedy(model, ids, 6)
+    assert common == 9 + 5  # the last token of the first answer was not fed
 
 
 # ---- the commands

@@ -90,7 +90,7 @@ def open_adapter(path: str, folder: ModelFolder) -> Adapter:
     if place is None:
         raise CheckpointError(f"{path} is no adapter: no {ADAPTER_CONFIG} in it")
     config = read_json(place / ADAPTER_CONFIG)
-    if config.get("peft_type") in KINDS:
+    if config.get("peft_type") in tuple(KINDS):  # which may be anything that JSON can say
         return read_prefix(config, _shapes(place), place, folder)
     options = read_config(config, place / ADAPTER_CONFIG)
     shapes = _shapes(place)
