@@ -246,10 +246,19 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 for an adapter)."),
+        typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 an adapter, 1e-2 a prefix)."),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(metavar="lora", help="Train a low-rank update; --set adapter.rank=16 and more.")
+        str | None,
+        typer.Option(
+            metavar="lora|prefix|prompt", help="Train a low-rank update or a prefix; --set adapter.rank=16 and more."
+        ),
+    ] = None,
+    prefix_length: Annotated[
+        int | None, typer.Option(metavar="P", help="Positions of a prefix or prompt (10).")
+    ] = None,
+    prefix_mlp: Annotated[
+        int | None, typer.Option(metavar="M", help="Train the prefix through an MLP of this width.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step ...")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="... or its rows.")] = None,
@@ -266,6 +275,7 @@ def train(
     sft train rows.safetensors -m MODEL -o run --set optimizer.lr=1e-4
     sft train chat.safetensors 'web.safetensors*0.3' -m MODEL -o run
     sft train rows.safetensors -m MODEL -o run --adapter lora --set adapter.targets=[q_proj,v_proj]
+    sft train rows.safetensors -m MODEL -o run --adapter prefix --prefix-length 10
     """
     from sftcli.stages.train import train as stage
 
@@ -278,6 +288,8 @@ def train(
     if not model:
         raise UsageError("no model", hint="-m MODEL; `sft init DATA -o base` makes one from nothing")
     settings = [*([f"optimizer.lr={lr}"] if lr is not None else []), *settings]
+    settings = [*([f"adapter.length={prefix_length}"] if prefix_length is not None else []), *settings]
+    settings = [*([f"adapter.mlp={prefix_mlp}"] if prefix_mlp is not None else []), *settings]
     settings = [*([f"adapter.kind={adapter}"] if adapter is not None else []), *settings]
     options = options_of(
         "train",

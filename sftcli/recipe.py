@@ -133,6 +133,12 @@ def _optimizer(value: Any) -> Any:
     return {"kind": "adamw"} | value if isinstance(value, dict) else value
 
 
+def _adapter(value: Any) -> Any:
+    """`adapter: {rank: 8}` means LoRA."""
+    value = _kind(value)
+    return {"kind": "lora"} | value if isinstance(value, dict) else value
+
+
 Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind"), BeforeValidator(_optimizer)]
 
 
@@ -185,10 +191,30 @@ class Loss(Options):
     neftune: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # alpha of the noise on embeddings; 5 is usual
 
 
+class Prefix(Options):
+    """Trained keys and values before every row, in every layer; they take `length` positions of the context."""
+
+    kind: Literal["prefix"] = "prefix"
+    length: Positive = 10
+    mlp: Positive | None = None  # trained through an MLP of this width, of which only the result is kept
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # on keys and values
+
+
+class Prompt(Options):
+    """Trained embeddings of virtual tokens before every row; they take `length` positions of the context."""
+
+    kind: Literal["prompt"] = "prompt"
+    length: Positive = 10
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+Adapter = Annotated[Lora | Prefix | Prompt, Field(discriminator="kind")]
+
+
 class Train(Options):
     """Rows -> a model folder."""
 
-    adapter: Annotated[Lora | None, BeforeValidator(_kind)] = None  # None: all weights are trained
+    adapter: Annotated[Adapter | None, BeforeValidator(_adapter)] = None  # None: all weights are trained
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen matrices, under an adapter
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Schedule, BeforeValidator(_kind)] = Schedule()

@@ -10,10 +10,13 @@ query is left without a key.
           1 1 0 0         1 1 1 1         1 1 0 0           0 1 0 0
           1 1 1 0         1 1 1 1         1 1 1 0           0 1 1 0
           1 1 1 1         1 1 1 1         1 1 1 1           0 1 1 1
+
+The keys of a prefix belong to every row and come before every order: every query sees them. They are not rotated (their
+row's tokens stand behind them: position 0 is the prefix's) and no window counts them.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +52,7 @@ class Sight:
     scale: float
     window: int | None = None
     cap: float | None = None
+    prefix: tuple[Tensor, Tensor] | None = None  # keys and values (G, P, D) that every query sees
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, sight: Sight) -> Tensor:
@@ -56,6 +60,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, sight: Sight) -
 
     `seen` (B, 1, Q, K) or broadcastable; None means plain causal over Q = K.
     """
+    if sight.prefix is not None:
+        k, v, seen = _with_prefix(sight.prefix, q, k, v, seen)
     if sight.cap is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None, scale=sight.scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -66,6 +72,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, sight: Sight) -
         seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     scores = sight.cap * torch.tanh((q @ k.transpose(-1, -2)).float() * (sight.scale / sight.cap))  # no fast kernel
     return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _with_prefix(
+    prefix: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v (B, G, P + K, D) and `seen` (..., Q, P + K) with a prefix before the keys."""
+    keys, values = (own.to(t.dtype).expand(len(t), -1, -1, -1) for own, t in zip(prefix, (k, v), strict=True))
+    if seen is None:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    seen = F.pad(seen, (keys.shape[-2], 0), value=True)
+    return torch.cat([keys, k], -2), torch.cat([values, v], -2), seen
 
 
 class Attention(Protocol):
@@ -79,6 +96,31 @@ class Attention(Protocol):
     def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (..., H, D), k and v (..., G, D) -> (..., H, D)."""
         ...
+
+
+class Prefix(Protocol):
+    """What stands before every row and takes its first `length` positions."""
+
+    length: int
+
+    def __call__(self, model: Any) -> Tensor:
+        """Keys and values (L, 2, G, P, D) for a GPT."""
+        ...
+
+
+class Prefixed:
+    """An attention in which every row begins with the keys and values (L, 2, G, P, D) of a prefix."""
+
+    def __init__(self, attention: Attention, prefix: Tensor):
+        self.attention, self.prefix = attention, prefix
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.attention.lengths + self.prefix.shape[-2]
+
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.prefix[sight.layer]  # (G, P, D) each
+        return self.attention(replace(sight, prefix=(keys, values)), q, k, v)
 
 
 class Group:
@@ -125,3 +167,17 @@ class RowAttention:
         q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))  # (rows, heads, length, D)
         seen = group.seen(sight.window, q.device)
         return attend(q, k, v, seen, sight).transpose(1, 2).flatten(0, 1)  # (tokens, H, D)
+
+
+class KeepingAttention(RowAttention):
+    """Attention over rows laid end to end that keeps their keys and values (T, G, D), a list over layers."""
+
+    def __init__(self, groups: list[Group]):
+        super().__init__(groups)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys.append(k)
+        self.values.append(v)
+        return super().__call__(sight, q, k, v)

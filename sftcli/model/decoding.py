@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftcli.model.attention import Group, RowAttention, Sight, Tokens, attend, visible
+from sftcli.model.attention import Group, KeepingAttention, Sight, Tokens, attend, visible
 from sftcli.model.gpt import GPT
 from sftcli.model.rope import LongRope
 from sftcli.model.sampling import choose, repetition_penalised, stream
@@ -170,24 +170,10 @@ class Table:
         return attend(q[:, :, None], keys, values, self.seen(sight.window), sight)[:, :, 0]
 
 
-class _Prefill(RowAttention):
-    """Attention over prompts laid end to end that keeps their keys and values for the table."""
-
-    def __init__(self, groups: list[Group]):
-        super().__init__(groups)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.keys.append(k)
-        self.values.append(v)
-        return super().__call__(sight, q, k, v)
-
-
 def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Encode prompts without padding and let them enter the table; returns the logits (B, V) of their last tokens."""
     lengths = [len(prompt) for prompt in prompts]
-    attention = _Prefill([Group(1, length) for length in lengths])
+    attention = KeepingAttention([Group(1, length) for length in lengths])
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
     hidden = model.hidden(ids, positions, attention)
@@ -270,7 +256,8 @@ def _fed(model: GPT, table: Table, slots: list[_Slot], chosen: list[int]) -> tup
     ones: it is encoded anew.
     """
     turning = [rope.scaling.original + 1 for rope in model.config.ropes if rope and isinstance(rope.scaling, LongRope)]
-    anew = [slot for slot in slots if len(slot.prompt.ids) + len(slot.made) in turning]
+    before = model.prefix.length if model.prefix else 0
+    anew = [slot for slot in slots if before + len(slot.prompt.ids) + len(slot.made) in turning]
     if anew:
         kept = [i for i, slot in enumerate(slots) if slot not in anew]
         table.keep(kept)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sftcli.model.attention import Attention, Sight
+from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
@@ -196,6 +196,7 @@ class GPT(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied:
             self.head.weight = self.embedding.weight
+        self.prefix: Prefix | None = None  # an adapter puts it here
         self.gradient_checkpointing = False
 
     @property
@@ -203,12 +204,21 @@ class GPT(nn.Module):
         return self.embedding.weight.device
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention, noise: Tensor | None = None) -> Tensor:
-        """Final hidden states (..., C) of ids (...) at positions (...); `noise` is added to the embedding's rows."""
+        """Final hidden states (..., C) of ids (...) at positions (...), counted from the end of a prefix.
+
+        `noise` is added to the embedding's rows.
+        """
+        if self.prefix is not None:
+            attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
         x = self.embedding(ids).float()  # the residual stream stays float32 whatever the weights are kept in
         if noise is not None:
             x = x + noise
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
+        return self.through(x, positions, attention)
+
+    def through(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Final hidden states of tokens that are embedded already (..., C)."""
         if self.position is not None:
             x = x + self.position(positions)
         tables = self._rotary_tables(positions, attention)

@@ -2,7 +2,7 @@
 
 import torch
 
-from sftcli.model.adapters.lora import adapt
+from sftcli.model.adapters import adapt
 from sftcli.model.families import Family
 from sftcli.model.gpt import GPT, GPTConfig
 from sftcli.model.loss import CHUNK_LOGITS

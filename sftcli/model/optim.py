@@ -11,6 +11,7 @@ from sftcli import recipe
 from sftcli.model.gpt import GPT
 
 LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
+LR_TABLE = 1e-2  # of a prefix by itself: no matrix multiplies what it learns
 
 
 def build(

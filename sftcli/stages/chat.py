@@ -68,7 +68,8 @@ class Model:
         if adapter:
             apply(self.network, adapter)
         self.stops = stop_ids(text_folder(path)) or stop_ids(folder.path)
-        self.path, self.context, self.vocabulary = path, folder.config.context, folder.config.vocab_size
+        config = self.network.config
+        self.path, self.context, self.vocabulary = path, config.context, config.vocab_size
         if not self.stops:
             console.warn("chat: no stop token is known: every answer runs to --max-new-tokens")
 

@@ -20,6 +20,7 @@ MICRO_BATCH_TOKENS = 8192
 def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any]:
     """Loss (per unit of weight), perplexity, token accuracy and bits per byte of rows; `per_row`: a JSONL of nll."""
     from sftcli.model.adapters.peft import applied, open_model
+    from sftcli.model.adapters.prefix import shortened
     from sftcli.model.checkpoint import load_trained
     from sftcli.model.dataset import fitting_rows
     from sftcli.model.scoring import Totals, score_rows
@@ -29,7 +30,8 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
     folder, adapter = open_model(model)
     codec = load_codec(folder.path)
     engine = choose_engine("auto", "auto")
-    rows = fitting_rows(source, folder.config, codec.hash)
+    config = shortened(folder.config, adapter.options if adapter else None)
+    rows = fitting_rows(source, config, codec.hash)
     network = load_trained(folder).to(engine.device)
     totals = Totals()
     text_bytes, text_nll = 0, 0.0

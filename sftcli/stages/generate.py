@@ -13,6 +13,7 @@ from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_model, trained_on_another
+from sftcli.model.adapters.prefix_files import PrefixAdapter
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
 from sftcli.model.decoding import Completion, Prompt, TextStops, generate, in_order, padded, positions_of
 from sftcli.model.training import choose_engine
@@ -79,7 +80,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     failed: list[SftError] = []
     prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked), failed)
     if show_batch:
-        prompts = _with_table(prompts, options)
+        prompts = _with_table(prompts, options, adapters[0][1])
     waiting = list(prompts) if len(adapters) > 1 else prompts  # a list can be asked again
     with open_output(output) as out, console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
@@ -227,12 +228,13 @@ def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
             yield result[0][0]
 
 
-def _with_table(prompts: Iterator[Prompt], options: Generate) -> Iterator[Prompt]:
+def _with_table(prompts: Iterator[Prompt], options: Generate, adapter: Adapter | None) -> Iterator[Prompt]:
     """Print the first batch as the decoder lays it out: ids, mask and positions."""
     first = [prompt for prompt, _ in zip(prompts, range(options.batch_size), strict=False)]
     if first:
         ids, mask = padded([prompt.ids for prompt in first], options.pad_side)
-        for name, table in (("ids", ids), ("mask", mask), ("positions", positions_of(mask))):
+        before = adapter.options.length if isinstance(adapter, PrefixAdapter) else 0
+        for name, table in (("ids", ids), ("mask", mask), ("positions", positions_of(mask) + before)):
             console.note(f"{name} ({options.pad_side}-padded):")
             for row in table.tolist():
                 console.note("  " + " ".join(map(str, row)))

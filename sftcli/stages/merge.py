@@ -3,7 +3,7 @@
 from sftcli import artifacts, console
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.model.adapters.lora import merge as merge_updates
-from sftcli.model.adapters.peft import apply, open_adapter, trained_on_another
+from sftcli.model.adapters.peft import LoraAdapter, apply, open_adapter, trained_on_another
 from sftcli.model.checkpoint import DTYPES, SHARD_SIZE, load_trained, open_folder, save_model
 from sftcli.model.tensorfile import bytes_of
 from sftcli.text.folder import folder_template, stop_ids
@@ -20,9 +20,11 @@ def merge(
         raise UsageError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     bytes_of(shard_size)
     base, _ = artifacts.model_and_adapter(model or str(place))
-    target = artifacts.new_folder(output)
     folder = open_folder(base)
     found = open_adapter(str(place), folder)
+    if not isinstance(found, LoraAdapter):
+        raise UsageError(f"{adapter} is a prefix, which no weights can hold", hint=f"-m BASE --adapter {adapter}")
+    target = artifacts.new_folder(output)
     if trained_on_another(found, folder):
         console.warn(f"merge: {adapter} was trained on another model than {base}")
     network = load_trained(folder)

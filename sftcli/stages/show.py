@@ -115,7 +115,7 @@ def _show_metrics(steps: list[tuple[str, Fields]]) -> None:
 
 def _adapter_parts(folder: Path) -> list[tuple[str, str]]:
     config = artifacts.read_json(folder / artifacts.ADAPTER_CONFIG)
-    names = ("peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
+    names = ("peft_type", "num_virtual_tokens", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return [*((name, str(config[name])) for name in names if config.get(name)), ("adapter", f"{size:,} bytes")]
 

@@ -17,13 +17,14 @@ from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerp
 from sftcli.errors import SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
+from sftcli.model.adapters.prefix import shortened
 from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Prompt, generate, in_order
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
-from sftcli.recipe import Generate, Train
+from sftcli.recipe import Generate, Lora, Train
 from sftcli.rows import IGNORE, Row
 from sftcli.stages.training_job import (
     Job,
@@ -52,7 +53,7 @@ def train(options: Train, source: str | Sequence[str], model: str, output: str, 
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
     rows, where, inputs = open_rows(source, run)
-    check_rows(rows, folder.config, where)
+    check_rows(rows, shortened(folder.config, options.adapter), where)
     check_tokenizer(rows[0].tokenizer, codec.hash, where)
     job = make_job(options, folder, run, rows, where, codec, inputs)
     resume.remove_leftovers(run)
@@ -93,9 +94,10 @@ def _announce(job: Job, where: str, start: int) -> None:
         console.note(f"train: {len(part.rows):,} rows of {part.name}: {part.per_epoch:,.6g} an epoch")
     if blank := blank_controls(job):
         told = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in blank)
+        how = "" if isinstance(options.adapter, Lora) else "--adapter lora "
         console.warn(
             f"train: the base has not learned {told}, and its embedding is frozen: "
-            "--set adapter.modules_to_save=[embed_tokens,lm_head] trains it (your model's names for them)"
+            f"{how}--set adapter.modules_to_save=[embed_tokens,lm_head] trains it (your model's names for them)"
         )
     names = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in job.stops)
     console.note(f"train: stop set: {names}") if names else console.warn("train: no stop token is trained")

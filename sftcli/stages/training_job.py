@@ -20,14 +20,15 @@ from sftcli import artifacts, console
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint
 from sftcli.errors import DataError, UsageError
 from sftcli.model import optim, resume
-from sftcli.model.adapters import lora, peft
+from sftcli.model.adapters import adapt, peft
+from sftcli.model.adapters.prefix import shortened
 from sftcli.model.batches import weight_of
 from sftcli.model.checkpoint import DTYPES, ModelFolder, load_model
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.mixture import Input, input_of, parts_of
 from sftcli.model.training import Engine, Plan, Report, choose_engine
-from sftcli.recipe import Train
+from sftcli.recipe import Lora, Prefix, Prompt, Train
 from sftcli.rowfile import RowFile, is_row_file, write_rows
 from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
@@ -151,7 +152,7 @@ def make_job(
         train_rows=train_rows,
         eval_rows=eval_rows,
         model=model,
-        optimizers=optim.build(model, options.optimizer, lr, options.adapter.lora_plus if options.adapter else None),
+        optimizers=optim.build(model, options.optimizer, lr, _lora_plus(options)),
         engine=engine,
         plan=plan,
         lr=lr,
@@ -182,13 +183,18 @@ def _model(options: Train, folder: ModelFolder) -> GPT:
         raise UsageError(f"{folder.path} has no weights: an adapter needs a trained base", hint="train without adapter")
     model = load_model(folder, options.seed, DTYPES[options.base_dtype])
     if options.adapter:
-        lora.adapt(model, folder.family, options.adapter, options.seed)
+        adapt(model, folder.family, options.adapter, options.seed)
     return model
+
+
+def _lora_plus(options: Train) -> float | None:
+    return options.adapter.lora_plus if isinstance(options.adapter, Lora) else None
 
 
 def _default_lr(options: Train, folder: ModelFolder) -> float:
     if options.adapter:
-        return optim.LR_ADAPTER
+        alone = isinstance(options.adapter, Prompt) or (isinstance(options.adapter, Prefix) and not options.adapter.mlp)
+        return optim.LR_TABLE if alone else optim.LR_ADAPTER
     return optim.LR_PRETRAINED if folder.has_weights else optim.LR_FROM_NOTHING
 
 
@@ -196,7 +202,8 @@ def _eval_rows(options: Train, held_out: list[Row], folder: ModelFolder, codec: 
     """Held-out rows of the training data, then those of --eval-data; refused where they could not tell anything."""
     found = held_out
     if options.eval_data:
-        found = held_out + list(fitting_rows(options.eval_data, folder.config, codec.hash))
+        config = shortened(folder.config, options.adapter)
+        found = held_out + list(fitting_rows(options.eval_data, config, codec.hash))
     if (found or options.eval_data) and not any(weight_of([row]) for row in found):
         raise DataError("no token of the held-out rows is trained", options.eval_data, hint="hold out other rows")
     if options.patience and not found:

@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from sftcli import recipe
 from sftcli.artifacts import (
     ADAPTER_CONFIG,
     RUN,
@@ -40,6 +41,15 @@ from sftcli.model.adapters.lora import (
     rank_and_scale,
     updates_of,
 )
+from sftcli.model.adapters.prefix import attach as put_before
+from sftcli.model.adapters.prefix_files import (
+    KINDS,
+    PrefixAdapter,
+    prefix_config,
+    prefix_of,
+    prefix_tensors,
+    read_prefix,
+)
 from sftcli.model.checkpoint import COMPANIONS, ModelFolder, open_folder, replace_folder, stored_shape
 from sftcli.model.families import Stored, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
@@ -58,14 +68,17 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other kin
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter folder, read and found to fit a model; its tensors are still on disk."""
+class LoraAdapter:
+    """A LoRA adapter's folder, read and found to fit a model; its tensors are still on disk."""
 
     path: Path
     options: Lora
     sites: list[Site]
     saved: dict[str, Stored | None]  # key -> the base's tensor that it replaces; None: the head of a tied model
     ties: bool  # whether a trained embedding is the head, too
+
+
+Adapter = LoraAdapter | PrefixAdapter
 
 
 # ---- in
@@ -77,8 +90,10 @@ def open_adapter(path: str, folder: ModelFolder) -> Adapter:
     if place is None:
         raise CheckpointError(f"{path} is no adapter: no {ADAPTER_CONFIG} in it")
     config = read_json(place / ADAPTER_CONFIG)
+    if config.get("peft_type") in tuple(KINDS):  # which may be anything that JSON can say
+        return read_prefix(config, _shapes(place), place, folder)
     options = read_config(config, place / ADAPTER_CONFIG)
-    shapes = {entry.name: entry.shape for entry in read_entries(place / ADAPTER_WEIGHTS)}
+    shapes = _shapes(place)
     sites = {site.path: site for site in linear_sites(folder.family, folder.config)}
     parts, saved = _sorted_keys(shapes, place)
     for layer, found in parts.items():
@@ -87,7 +102,12 @@ def open_adapter(path: str, folder: ModelFolder) -> Adapter:
             raise CheckpointError(f"{place}: {layer} is no linear layer of {folder.path}, which has {names}")
         _check_site(place, sites[layer], options, found, folder.config)
     replaced = {key: _replaced(place, name, shapes[key], folder) for key, name in saved.items()}
-    return Adapter(place, options, [sites[name] for name in parts], replaced, bool(config.get("ensure_weight_tying")))
+    ties = bool(config.get("ensure_weight_tying"))
+    return LoraAdapter(place, options, [sites[name] for name in parts], replaced, ties)
+
+
+def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
+    return {entry.name: entry.shape for entry in read_entries(place / ADAPTER_WEIGHTS)}
 
 
 def open_model(path: str) -> tuple[ModelFolder, Adapter | None]:
@@ -117,7 +137,8 @@ def read_config(config: dict[str, Any], path: Path) -> Lora:
     }
     for key, accepted in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None))):
         if config.get(key) not in accepted:
-            raise CheckpointError(f"{path}: {key} {config.get(key)!r} is not supported", hint=f"only {accepted[0]}")
+            hint = f"only {accepted[0]}" + (f", {', '.join(KINDS)}" if key == "peft_type" else "")
+            raise CheckpointError(f"{path}: {key} {config.get(key)!r} is not supported", hint=hint)
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         raise CheckpointError(
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights, too",
@@ -205,6 +226,8 @@ def apply(model: GPT, adapter: Adapter) -> Callable[[], None]:
         tensors = safetensors.torch.load_file(adapter.path / ADAPTER_WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {adapter.path / ADAPTER_WEIGHTS}: {error}") from None
+    if isinstance(adapter, PrefixAdapter):
+        return put_before(model, prefix_of(model, adapter, tensors))
     detach = attach(model, adapter.options, adapter.sites)
     for site in adapter.sites:
         layers = updates_of(model, site)
@@ -226,7 +249,7 @@ def apply(model: GPT, adapter: Adapter) -> Callable[[], None]:
     return undo
 
 
-def _replace(model: GPT, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+def _replace(model: GPT, adapter: LoraAdapter, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
     """Put fully trained tensors in the places of the base's; returns what puts those back."""
     config, head = model.config, model.head.weight
     if config.tied and _parts_embedding_and_head(adapter, tensors):
@@ -250,7 +273,7 @@ def _replace(model: GPT, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Cal
     return restore
 
 
-def _parts_embedding_and_head(adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
+def _parts_embedding_and_head(adapter: LoraAdapter, tensors: Mapping[str, Tensor]) -> bool:
     """Whether what was trained tells a tied embedding and head apart: PEFT trains two copies, or only one of them."""
     head = [tensors[key] for key, stored in adapter.saved.items() if stored is None]
     embedding = [tensors[k] for k, stored in adapter.saved.items() if stored and stored.ours == ("embedding.weight",)]
@@ -263,14 +286,18 @@ def _parts_embedding_and_head(adapter: Adapter, tensors: Mapping[str, Tensor]) -
 
 
 def save_adapter(
-    model: GPT, folder: ModelFolder, output: Path, options: Lora, base: str, extra: Mapping[str, bytes]
+    model: GPT, folder: ModelFolder, output: Path, options: recipe.Adapter, base: str, extra: Mapping[str, bytes]
 ) -> None:
     """Write PEFT's files and the base's tokenizer beside them; `extra`: further files, which win."""
     temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
-        write_tensors(temporary / ADAPTER_WEIGHTS, adapter_tensors(model, folder))
-        write_json(temporary / ADAPTER_CONFIG, peft_config(model, folder, options, base))
+        if isinstance(options, Lora):
+            tensors, config = adapter_tensors(model, folder), peft_config(model, folder, options, base)
+        else:
+            tensors, config = prefix_tensors(model), prefix_config(folder.config, options, base)
+        write_tensors(temporary / ADAPTER_WEIGHTS, tensors)
+        write_json(temporary / ADAPTER_CONFIG, config)
         for name in COMPANIONS:
             if (folder.path / name).is_file():
                 shutil.copyfile(folder.path / name, temporary / name)
