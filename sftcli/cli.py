@@ -13,14 +13,22 @@ from sftcli.errors import Exit, SftError, UsageError
 from sftcli.flags import (
     Adapters,
     Columns,
+    Kind,
+    Lengths,
+    Level,
     Model,
+    ObjectiveSeed,
+    Order,
     Output,
+    Places,
     RecipeFile,
     Set,
+    Spans,
     Template,
     TemplateText,
     dies_with_its_reader,
     filter_options,
+    objective_settings,
     options_of,
 )
 
@@ -189,6 +197,13 @@ def mask(
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Rows may have N tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="drop, error, truncate-prompt or truncate.")] = None,
     rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where dropped lines go, with reasons.")] = None,
+    objective: Kind = None,
+    level: Level = None,
+    spans: Spans = None,
+    lengths: Lengths = None,
+    places: Places = None,
+    order: Order = None,
+    seed: ObjectiveSeed = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Names tokens in what is shown.")] = None,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
@@ -201,11 +216,12 @@ def mask(
     from sftcli.stages.mask import mask as stage
 
     dies_with_its_reader()
+    drawn = {"level": level, "spans": spans, "lengths": lengths, "places": places, "order": order, "seed": seed}
     options = filter_options(
         output,
         "mask",
         recipe,
-        settings,
+        [*objective_settings(objective, **drawn), *settings],
         train_on=train_on,
         roles=roles,
         no_match=no_match,
