@@ -219,7 +219,7 @@ def _answer_samples(job: Job, step: int) -> None:
 def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
     """(what comes before the first trained tokens, these tokens); a prompt has at least one token."""
     start = next((t for t in range(1, len(row.labels)) if row.labels[t] != IGNORE), None)
-    if start is None:
+    if start is None or row.order is not None:
         return None
     end = next((t for t in range(start, len(row.labels)) if row.labels[t] == IGNORE), len(row.labels))
     return Prompt(row.input_ids[:start], row.id), row.input_ids[start:end]

@@ -22,7 +22,7 @@ from sftcli.errors import DataError, UsageError
 from sftcli.model import optim, resume
 from sftcli.model.adapters import lora, peft
 from sftcli.model.batches import weight_of
-from sftcli.model.checkpoint import DTYPES, ModelFolder, load_model
+from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, load_model
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.training import Engine, Plan, Report, choose_engine
@@ -102,6 +102,11 @@ def open_rows(source: str, run: Path) -> tuple[RowFile, str]:
 
 
 def make_job(options: Train, folder: ModelFolder, run: Path, rows: RowFile, where: str, codec: Codec) -> Job:
+    if "block_position_ids" in rows.columns and not folder.config.block_positions:
+        if options.adapter:
+            hint = "train it without adapter first"
+            raise UsageError(f"{where}: these rows need a table of block positions, which the base lacks", hint=hint)
+        add_block_positions(folder)
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = _engine(options)
