@@ -287,6 +287,7 @@ class Generate(Options):
     columns: Columns = {}
     template: str | None = None
     template_text: str | None = None
+    fill: bool | None = None  # a prompt's blanks instead of going on at its end; None: if the model learned to
     batch_size: Positive = 32
     max_new_tokens: Positive = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy

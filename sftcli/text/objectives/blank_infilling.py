@@ -10,14 +10,16 @@ order   0  0  0  0  0  | 1  2  3  4  5       A sees A; B sees A and what was fil
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import BlankInfilling
 from sftcli.rows import FORMAT, IGNORE, Document, Row, Segment
 from sftcli.text.objectives.causal import NothingTrained, Weights
+from sftcli.text.speaker import Rendered
 from sftcli.text.tokenizer import Codec
 
 LONGEST = 39  # tokens of a drawn span
@@ -36,6 +38,37 @@ class Marks:
     mask: int
     sop: int
     eop: int
+
+
+@dataclass(frozen=True)
+class Filler:
+    """What a tokenizer says of prompts with blanks: the texts and ids that stand for one, and the marks of an answer."""
+
+    masks: dict[str, int]
+    marks: Marks
+
+    def opened(self, text: Rendered) -> Rendered:
+        """The text with the mask tokens in its content: they are blanks, not content."""
+        if not self.masks:
+            return text
+        pattern, content = re.compile("|".join(map(re.escape, self.masks))), []
+        for start, end in text.content:
+            for found in pattern.finditer(text.text, start, end):
+                content.append((start, found.start()))
+                start = found.end()
+            content.append((start, end))
+        return replace(text, content=[(a, b) for a, b in content if a < b])
+
+    def with_blanks(self, ids: list[int]) -> tuple[list[int], tuple[int, ...]]:
+        """The prompt and where its blanks are; one without any gets one at its end, as level sft trains it."""
+        places = tuple(t for t, token in enumerate(ids) if token in self.masks.values())
+        return (ids, places) if places else ([*ids, self.marks.mask], (len(ids),))
+
+
+def filler_of(codec: Codec) -> Filler:
+    """Raises UsageError where the tokenizer lacks GLM's control tokens."""
+    masks = {text: codec.added[text] for text in dict.fromkeys(MASKS.values()) if text in codec.added}
+    return Filler(masks, marks_of(BlankInfilling(level="sft"), codec))
 
 
 @dataclass(frozen=True)
