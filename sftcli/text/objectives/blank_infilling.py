@@ -42,7 +42,7 @@ class Marks:
 
 @dataclass(frozen=True)
 class Filler:
-    """What a tokenizer says of prompts with blanks: the texts and ids that stand for one, and the marks of an answer."""
+    """What a tokenizer says of prompts with blanks: the texts and ids that stand for one, the marks of an answer."""
 
     masks: dict[str, int]
     marks: Marks
