@@ -46,8 +46,8 @@ def complete(model, prompts, stops, **options):
 
 
 def stops_of(model):
-    """Ids that end a blank after a few tokens: the third of each greedy fill, and every sixth."""
-    return {done.ids[2] for done in complete(model, PROMPTS, ())} | set(range(0, 300, 6))
+    """Ids that end a blank after a few tokens: the third of each greedy fill, and every third id."""
+    return {done.ids[2] for done in complete(model, PROMPTS, ())} | set(range(0, 300, 3))
 
 
 def by_trained_rows(model, prompt, stops, limit=12):
@@ -61,7 +61,7 @@ def by_trained_rows(model, prompt, stops, limit=12):
                 words = [token]
                 if place in places[: number + 1]:
                     fill = fills[places.index(place)]
-                    words = [*fill, 0] if place == places[number] else fill or [0]
+                    words = [*fill, 0] if place == places[number] else fill
                     spans.append((len(whole), len(whole) + len(words)))
                 whole += words
             row = blank_infilling.infilled(
