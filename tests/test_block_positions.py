@@ -8,7 +8,7 @@ import torch
 from model_fixtures import PRESETS, make_row, model_folder, model_of, random_ids, randomised, row_logits
 
 from sftcli.model.batches import make_batch
-from sftcli.model.checkpoint import EXTRA, add_block_positions, load_model, open_folder
+from sftcli.model.checkpoint import EXTRA, add_block_positions, load_model, open_folder, save_model
 from sftcli.model.gpt import GPT
 from sftcli.model.loss import projected_loss
 from sftcli.rows import Document, encode_row
@@ -212,3 +212,18 @@ def test_a_damaged_extra_file_is_named(sft, rows, tmp_path):
         write_tensors(base / EXTRA, tensors)
         result = sft("evaluate", rows, "-m", base)
         assert result.code == 5 and told in result.err
+
+
+def test_transformers_loads_the_folder_and_sees_its_text_causally(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    folder = open_folder(model_folder(tmp_path / "m", "llama"))
+    add_block_positions(folder)
+    model = load_model(folder)
+    save_model(model, folder, tmp_path / "saved")
+    assert (tmp_path / "saved" / EXTRA).is_file()
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not told["unexpected_keys"] and not told["missing_keys"]
+    ids = random_ids(12, 3)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(row_logits(model, ids), expected, atol=2e-5, rtol=0)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from model_fixtures import PRESETS, make_row, model_folder, random_ids, randomised
 from test_block_positions import logits_of, with_table
 
@@ -11,6 +12,7 @@ from sftcli.model.checkpoint import add_block_positions, load_model, open_folder
 from sftcli.model.decoding import Completion, generate, in_order
 from sftcli.model.growth import Blanks, Grown, Prompt, blanks_of_row
 from sftcli.recipe import Generate
+from sftcli.recipefile import load_recipe
 from sftcli.rows import Document
 from sftcli.text.folder import load_codec
 from sftcli.text.objectives import blank_infilling
@@ -218,3 +220,21 @@ def test_models_that_did_not_learn_it_say_so(sft, base, tmp_path, filler, lines)
     assert chat.code == 2 and "does not chat" in chat.err
     off = sft("generate", lines({"prompt": "q"}), "-m", filler, "--set", "fill=false", "--max-new-tokens", 2)
     assert off.code == 0
+
+
+def test_samples_of_a_run_fill_the_blanks_of_held_out_rows(sft, filler, tmp_path, lines):
+    data = lines({"prompt": "Name a river.", "completion": "The Danube."}, {"prompt": "And?", "completion": "Rhine."})
+    tokens = sft("tokenize", data, "-m", filler).out
+    rows = sft("mask", "--objective", "glm", "--level", "sft", "-o", tmp_path / "rows.jsonl", stdin=tokens)
+    assert rows.code == 0, rows.err
+    flags = ("--max-steps", 1, "--set", "sample_every=1", "--set", "sample_tokens=4")
+    result = sft("train", tmp_path / "rows.jsonl", "-m", filler, "-o", tmp_path / "run", *flags)
+    assert result.code == 0, result.err
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()]
+    assert [sample["reference"] for sample in samples] == ["The Danube.", "Rhine."]
+    assert all(sample["prompt"].endswith("[gMASK]") for sample in samples)
+
+
+def test_the_recipe_is_one():
+    recipe = load_recipe(str(ROOT / "recipes" / "glm.yaml"))
+    assert recipe.mask.objective.level == "sft" and "[gMASK]" in recipe.init.controls
