@@ -14,14 +14,22 @@ from sftcli.errors import Exit, SftError, UsageError
 from sftcli.flags import (
     Adapters,
     Columns,
+    Kind,
+    Lengths,
+    Level,
     Model,
+    ObjectiveSeed,
+    Order,
     Output,
+    Places,
     RecipeFile,
     Set,
+    Spans,
     Template,
     TemplateText,
     dies_with_its_reader,
     filter_options,
+    objective_settings,
     options_of,
 )
 
@@ -130,8 +138,8 @@ def init(
         columns=columns,
     )
     if base:
-        if data or preset or vocab_size or tokenizer or settings:
-            raise UsageError("--base takes a model as it is", hint="beside it only --template and -o")
+        if data or preset or vocab_size or tokenizer or any(not s.startswith("controls=") for s in settings):
+            raise UsageError("--base takes a model as it is", hint="beside it: --template, --set controls=..., -o")
         from sftcli.stages.extend import extend
 
         extend(base, options, output)
@@ -201,6 +209,13 @@ def mask(
         bool | None, typer.Option("--drop-duplicates", help="Drop and count rows that have come before.")
     ] = None,
     rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where dropped lines go, with reasons.")] = None,
+    objective: Kind = None,
+    level: Level = None,
+    spans: Spans = None,
+    lengths: Lengths = None,
+    places: Places = None,
+    order: Order = None,
+    seed: ObjectiveSeed = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Names tokens in what is shown.")] = None,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
@@ -213,11 +228,12 @@ def mask(
     from sftcli.stages.mask import mask as stage
 
     dies_with_its_reader()
+    drawn = {"level": level, "spans": spans, "lengths": lengths, "places": places, "order": order, "seed": seed}
     options = filter_options(
         output,
         "mask",
         recipe,
-        settings,
+        [*objective_settings(objective, **drawn), *settings],
         train_on=train_on,
         roles=roles,
         no_match=no_match,

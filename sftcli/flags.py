@@ -24,6 +24,19 @@ Adapters = Annotated[
     typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),
 ]
 TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
+Kind = Annotated[str | None, typer.Option("--objective", metavar="KIND", help="causal (default) or glm; its flags:")]
+Level = Annotated[str | None, typer.Option(help="glm: token, sentence, document, or sft.")]
+Spans = Annotated[str | None, typer.Option(metavar="A:B,...", help="glm: these blanks instead of drawn ones,")]
+Lengths = Annotated[str | None, typer.Option(metavar="N,...", help="glm: or blanks of these lengths")]
+Places = Annotated[str | None, typer.Option(metavar="N,...", help="glm: at these places,")]
+Order = Annotated[str | None, typer.Option(metavar="I,...", help="glm: filled in this order.")]
+ObjectiveSeed = Annotated[int | None, typer.Option("--seed", help="Of what the objective draws.")]
+
+
+def objective_settings(kind: str | None, **options: Any) -> list[str]:
+    """--objective and the flags that are options of it, as settings (in quotes: YAML reads 2:3 as a number)."""
+    given = {"kind": kind} | options
+    return [f'objective.{name}="{value}"' for name, value in given.items() if value is not None]
 
 
 def dies_with_its_reader() -> None:

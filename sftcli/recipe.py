@@ -32,6 +32,13 @@ def _kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def _controls(value: Any) -> Any:
+    """`glm` means the control tokens of blank infilling."""
+    return list(GLM_CONTROLS) if value == "glm" else _listed(value)
+
+
+GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
+Controls = Annotated[list[str], BeforeValidator(_controls)]
 Files = Annotated[list[str], BeforeValidator(_listed)]
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 Positive = Annotated[int, Field(gt=0)]
@@ -48,6 +55,7 @@ class Init(Options):
     vocab_size: Positive = 1024
     template: str = "chatml"
     template_text: str | None = None
+    controls: Controls = []  # control tokens beside the template's; `glm`: those of blank infilling
     columns: Columns = {}
     layers: Positive = 6
     heads: Positive = 6
@@ -87,7 +95,65 @@ class Causal(Options):
     kind: Literal["causal"] = "causal"
 
 
-Objective = Annotated[Causal, BeforeValidator(_kind)]  # a union tagged by `kind` once there are several
+def _spans(value: Any) -> Any:
+    """`2:3,4:6` means [(2, 3), (4, 6)]."""
+    if isinstance(value, int):
+        raise ValueError("expected spans such as 2:3,4:6; YAML reads a single 2:3 as a number: put it in quotes")
+    return [part.split(":") for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _numbers(value: Any) -> Any:
+    """`1,0` means [1, 0]; `1` means [1]."""
+    return str(value).split(",") if isinstance(value, str | int) else value
+
+
+Count = Annotated[int, Field(ge=0)]
+Spans = Annotated[list[tuple[Count, Count]], BeforeValidator(_spans)]
+Numbers = Annotated[list[Count], BeforeValidator(_numbers)]
+
+
+class BlankInfilling(Options):
+    """GLM's: spans of the text become blanks, which are filled after it, token by token."""
+
+    kind: Literal["glm"] = "glm"
+    level: Literal["token", "sentence", "document", "sft"] = "token"  # sft: the answer is the blank
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15  # token, sentence: the share of the text that is blanked
+    span_mean: Annotated[float, Field(gt=0, le=30)] = 3.0  # token: of the Poisson that lengths come from
+    min_ratio: Share = 0.5  # document: the shortest blank, as a share of the text
+    suffix: Share = 0.5  # document: how often the blank is the end of the text
+    seed: Seed = 0
+    spans: Spans = []  # these blanks instead of drawn ones ...
+    lengths: Numbers = []  # ... or these lengths,
+    places: Numbers = []  # at these places (how many free tokens lie before each)
+    order: Numbers = []  # the blanks in the order in which they are filled
+    mask: Count | None = None  # ids; None: the tokenizer's [MASK], [sMASK] or [gMASK], by level,
+    sop: Count | None = None  # <|startofpiece|>
+    eop: Count | None = None  # and <|endofpiece|>
+
+    @model_validator(mode="after")
+    def blanks_are_possible(self) -> "BlankInfilling":
+        if self.spans and (self.lengths or self.places):
+            raise ValueError("spans, or lengths and places: give one of them")
+        if self.places and len(self.places) != len(self.lengths):
+            raise ValueError("places need as many lengths: lengths=3,1 places=0,0")
+        if self.level == "sft" and (self.spans or self.lengths or self.order):
+            raise ValueError("the blank of level sft is the answer: no spans, lengths, places or order")
+        ends = [0, *(end for _, end in self.spans)]
+        if any(not last <= a < b for last, (a, b) in zip(ends, self.spans, strict=False)) or 0 in self.lengths:
+            raise ValueError("spans are start:end, from left to right, none of them empty")
+        count = len(self.spans) or len(self.lengths)
+        if self.order and count and sorted(self.order) != list(range(count)):
+            raise ValueError(f"order must name the blanks 0..{count - 1}, each once")
+        return self
+
+
+def _objective(value: Any) -> Any:
+    """Options without a kind are those of the causal objective."""
+    value = _kind(value)
+    return {"kind": "causal"} | value if isinstance(value, dict) else value
+
+
+Objective = Annotated[Causal | BlankInfilling, Field(discriminator="kind"), BeforeValidator(_objective)]
 
 
 class Mask(Options):
@@ -260,6 +326,7 @@ class Generate(Options):
     columns: Columns = {}
     template: str | None = None
     template_text: str | None = None
+    fill: bool | None = None  # a prompt's blanks instead of going on at its end; None: if the model learned to
     batch_size: Positive = 32
     max_new_tokens: Positive = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy

@@ -42,7 +42,7 @@ def show_row(row: Row, names: Names, segments: Sequence[Segment] = (), stderr: b
     screen.print(console.styled([(title, "bold")]))
     for start, end, role in _runs(row, segments):
         screen.print(_line(row, weight, (start, end), role, names, colour))
-    for line in _table(row, weight, names):
+    for line in [*_table(row, weight, names), *_grid(row)]:
         screen.print(line)
 
 
@@ -111,6 +111,20 @@ def _table(row: Row, weight: Sequence[float], names: Names) -> "list[Text]":
     if len(shown) > len(cells):
         lines.append(console.styled([(f"{'':>6}  ... {len(shown) - len(cells)} more trained positions", "dim")]))
     return lines
+
+
+def _grid(row: Row) -> "list[Text]":
+    """Rows that see by an order of their own: where each token stands and which tokens it sees."""
+    size = len(row.input_ids)
+    if row.order is None or size > WHOLE_TABLE:
+        return []
+    lines = [f"{'at':>6}  {'pos':>4}  {'block':>5}  sees"]
+    for t, order in enumerate(row.order):
+        seen = "".join("1" if other <= order else "0" for other in row.order)
+        position = row.position_ids[t] if row.position_ids else t
+        block = row.block_position_ids[t] if row.block_position_ids else 0
+        lines.append(f"{t:>6}  {position:>4}  {block:>5}  {seen}")
+    return [console.styled([(line, "" if i else "bold")]) for i, line in enumerate(lines)]
 
 
 def _cell(text: str) -> str:

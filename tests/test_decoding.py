@@ -294,7 +294,7 @@ def test_rows_that_finish_leave_and_waiting_rows_take_their_places(model, monkey
     sizes = []
     hidden = model.hidden
 
-    def counting(ids, positions, attention):
+    def counting(ids, positions, attention, blocks=None):
         if isinstance(attention, Table):
             sizes.append(len(ids))
         return hidden(ids, positions, attention)

@@ -200,7 +200,7 @@ def by_hand(model, rows, options, step=(0, 0)):
         length = len(row.input_ids)
         noise = neftune([row], options.neftune, model.config.width, *step) if options.neftune else None
         where = torch.tensor(row.input_ids), torch.arange(length), RowAttention([Group(1, length)])
-        hidden = model.hidden(*where, noise).double()
+        hidden = model.hidden(*where, noise=noise).double()
         bias = None if model.head.bias is None else model.head.bias.double()
         logits = F.linear(hidden, model.head.weight.double(), bias) * model.config.logit_scale
         if (cap := model.config.logit_cap) is not None:
@@ -296,7 +296,7 @@ def test_noise_is_added_to_the_rows_of_the_embedding_before_they_are_scaled(tmp_
     assert len(set(row.input_ids)) == 9
     noise = neftune([row], 5.0, config.width, 0, 0)
     where = torch.tensor(row.input_ids), torch.arange(9), RowAttention([Group(1, 9)])
-    noisy = model.hidden(*where, noise)
+    noisy = model.hidden(*where, noise=noise)
     with torch.no_grad():
         model.embedding.weight[where[0]] += noise
     torch.testing.assert_close(noisy, model.hidden(*where))

@@ -26,6 +26,7 @@ class Batch:
 
     ids: Tensor  # (T,)
     positions: Tensor  # (T,)
+    blocks: Tensor | None  # (T,) block positions; None: 0 everywhere
     attention: RowAttention
     scored: Tensor  # (N,) where in T a prediction is scored
     targets: Tensor  # (N,) the id to predict there
@@ -42,6 +43,7 @@ class Batch:
         for group in self.attention.groups:
             group.order = None if group.order is None else move(group.order)
         self.ids, self.positions, self.scored = move(self.ids), move(self.positions), move(self.scored)
+        self.blocks = None if self.blocks is None else move(self.blocks)
         self.targets, self.weights = move(self.targets), move(self.weights)
         return self
 
@@ -51,6 +53,7 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     ids: list[int] = []
     positions: list[int] = []
+    blocks: list[int] = []
     scored: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
@@ -67,9 +70,11 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
         counts.append(len(scored) - before)
         ids += row.input_ids
         positions += row.position_ids or range(len(row.input_ids))
+        blocks += row.block_position_ids or [0] * len(row.input_ids)
     return Batch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
+        blocks=torch.tensor(blocks) if any(blocks) else None,
         attention=RowAttention(groups_of(ordered)),
         scored=torch.tensor(scored, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),

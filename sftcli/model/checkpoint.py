@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,16 @@ from sftcli.artifacts import cannot_write, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
-from sftcli.model.tensorfile import Entry, bytes_of, read_entries, read_tensors, weight_files, write_shards
+from sftcli.model.tensorfile import (
+    EXTRA,
+    Entry,
+    bytes_of,
+    read_entries,
+    read_tensors,
+    weight_files,
+    write_shards,
+    write_tensors,
+)
 
 COMPANIONS = (
     "tokenizer.json",
@@ -27,6 +36,8 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
 )
+
+EXTRAS = {"block_position.weight": "block_positions"}  # its tensors, and the switch in GPTConfig of each
 MAX_PARAMETERS = 1 << 40
 SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +53,7 @@ class ModelFolder:
     config: GPTConfig
     files: list[Path]  # safetensors files; empty: no weights yet
     entries: dict[str, Entry]  # by the family's names
+    extra: dict[str, Entry] = field(default_factory=dict)  # by ours
 
     @property
     def has_weights(self) -> bool:
@@ -77,7 +89,27 @@ def open_folder(path: Path) -> ModelFolder:
     folder = ModelFolder(path, config_json, family, config, files, {})
     if files:
         folder.entries = _checked_entries(folder)
+    if (path / EXTRA).is_file():
+        _open_extra(folder)
     return folder
+
+
+def _open_extra(folder: ModelFolder) -> None:
+    """Read the header of extra.safetensors and turn on what it is for. Raises CheckpointError."""
+    folder.extra = {entry.name: entry for entry in read_entries(folder.path / EXTRA)}
+    if unknown := set(folder.extra) - set(EXTRAS):
+        raise CheckpointError(f"{folder.path / EXTRA}: tensor {min(unknown)} has no place in the model")
+    folder.config = replace(folder.config, **{EXTRAS[name]: True for name in folder.extra})  # type: ignore[arg-type]
+    for name, entry in folder.extra.items():
+        wanted = tuple(shapes_of(folder.config)[name])
+        if entry.shape != wanted:
+            raise CheckpointError(f"{entry.path}: tensor {name} has shape {list(entry.shape)}, not {list(wanted)}")
+
+
+def add_block_positions(folder: ModelFolder) -> None:
+    """Models loaded from the folder have a table of block positions: the stored one, else zeros, which change nothing
+    (in a model that is drawn from a seed: drawn, too)."""
+    folder.config = replace(folder.config, block_positions=True)
 
 
 def _check_config(config: GPTConfig) -> None:
@@ -139,6 +171,7 @@ def load_model(folder: ModelFolder, seed: int = 0, dtype: torch.dtype = torch.fl
         return model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {tensor.name: tensor for tensor in folder.family.tensors(folder.config)}
+    _fill_extra(folder, parameters)
     names = {entry: name for name, entry in folder.entries.items()}
     copy_of_embedding = None
     for entry, tensor in read_tensors(folder.entries.values()):
@@ -152,6 +185,15 @@ def load_model(folder: ModelFolder, seed: int = 0, dtype: torch.dtype = torch.fl
             hint='"tie_word_embeddings": false in config.json uses it',
         )
     return model
+
+
+@torch.no_grad()
+def _fill_extra(folder: ModelFolder, parameters: dict[str, nn.Parameter]) -> None:
+    """What an objective added, as it was stored; zeros where it is new."""
+    for name in EXTRAS.keys() & parameters.keys():
+        parameters[name].zero_()
+    for entry, tensor in read_tensors(folder.extra.values()):
+        parameters[entry.name].copy_(tensor)
 
 
 def load_trained(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> GPT:
@@ -228,6 +270,8 @@ def save_model(
         temporary.mkdir(parents=True)
         makers = {name: partial(_upstream, tensor, parameters, dtypes[name]) for name, tensor in stored.items()}
         write_shards(temporary, makers, sizes, limit)
+        if added := {name: parameters[name].detach().float().cpu() for name in EXTRAS if name in parameters}:
+            write_tensors(temporary / EXTRA, added)
         config = {key: value for key, value in folder.json.items() if key != "torch_dtype"}  # the older spelling
         write_json(temporary / "config.json", config | {"dtype": str(dtype or folder.dtype).removeprefix("torch.")})
         for name in COMPANIONS:

@@ -11,6 +11,7 @@ from sftcli.model.gpt import GPTConfig
 from sftcli.rowfile import RowFile, is_row_file
 from sftcli.rows import IGNORE, Row, read_rows_jsonl
 
+POSITIONS = {"position_ids", "block_position_ids"}
 HELD_OUT_EPOCH = (1 << 20) - 1  # the shuffle that picks held-out rows: no epoch of a run
 
 
@@ -49,8 +50,17 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
                 where,
                 f"$.{name}",
             )
+    for name in POSITIONS & rows.columns.keys():
+        outside = (column(rows, name) < 0) | (column(rows, name) >= config.context)
+        if (found := outside.nonzero()).numel():
+            i = int((offsets <= int(found[0])).sum()) - 1
+            raise DataError(f"row {rows[i].id!r} (number {i + 1}): {_off(config)}", where, f"$.{name}")
     if not any(weight_of([row]) for row in rows):
         raise DataError("no token of any row is trained", where)
+
+
+def _off(config: GPTConfig) -> str:
+    return f"a position outside of the model's context of {config.context}"
 
 
 def check_tokenizer(made_with: str | None, tokenizer: str, where: str) -> None:
@@ -79,12 +89,19 @@ def fitting_rows(path: str, config: GPTConfig, tokenizer: str) -> Iterator[Row]:
             if outside:
                 reason = f"row {row.id!r} has {what} {outside[0]}, the model's vocabulary has {config.vocab_size}"
                 raise DataError(reason, where, f"$.{name}")
+        for name in POSITIONS:
+            if any(not 0 <= value < config.context for value in getattr(row, name) or ()):
+                raise DataError(f"row {row.id!r}: {_off(config)}", where, f"$.{name}")
+        if row.block_position_ids and not config.block_positions:
+            hint = "`sft train` on such rows adds it"
+            raise DataError(f"row {row.id!r} needs a table of block positions, which the model lacks", where, hint=hint)
         yield row
 
 
 def trained_stops(rows: RowFile, special_ids: Collection[int]) -> list[int]:
     """The special tokens that end a turn of the model (without turns: a run of labels) and are trained there."""
-    ids, trained, offsets = column(rows, "input_ids"), column(rows, "labels") != IGNORE, column(rows, "offsets")
+    said, offsets = column(rows, "labels"), column(rows, "offsets")  # under `align: same` not the id that stands there
+    trained = said != IGNORE
     ends = trained & ~torch.cat([trained[1:], torch.zeros(1, dtype=torch.bool)])  # last token of each run of labels
     ends[offsets[1:] - 1] |= trained[offsets[1:] - 1]
     turns = column(rows, "turns").view(-1, 3)
@@ -95,7 +112,7 @@ def trained_stops(rows: RowFile, special_ids: Collection[int]) -> list[int]:
         ends &= ~has_turns
         last = offsets[in_row] + turns[:, 1].long() - 1
         ends[last] |= trained[last]
-    found = ids[ends].unique().tolist()
+    found = said[ends & trained].unique().tolist()
     return [token for token in found if token in special_ids]
 
 

@@ -16,20 +16,12 @@ from torch import Tensor
 
 from sftcli.model.attention import Group, KeepingAttention, Sight, Tokens, attend, visible
 from sftcli.model.gpt import GPT
+from sftcli.model.growth import Grown, Prompt, tensors_of
 from sftcli.model.rope import LongRope
 from sftcli.model.sampling import choose, repetition_penalised, stream
 from sftcli.recipe import Generate
 
 SPARE_COLUMNS = 64  # columns that the cache grows by
-
-
-@dataclass
-class Prompt:
-    """A row to complete. `key` names its random stream: its id, or its line number."""
-
-    ids: list[int]
-    key: str
-    sample: int = 0
 
 
 @dataclass
@@ -48,6 +40,7 @@ class Completion:
     ids: list[int]
     finish_reason: str  # stop | length
     context_full: bool = False  # length, because the model's context is full
+    ends: list[int] = field(default_factory=list)  # of a prompt with blanks: where in `ids` each filling ends
 
 
 @dataclass(eq=False)
@@ -58,7 +51,9 @@ class _Slot:
     prompt: Prompt
     limit: int  # tokens it may generate
     generator: torch.Generator
+    row: Grown
     made: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # in `made`
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -170,13 +165,14 @@ class Table:
         return attend(q[:, :, None], keys, values, self.seen(sight.window), sight)[:, :, 0]
 
 
-def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Encode prompts without padding and let them enter the table; returns the logits (B, V) of their last tokens."""
-    lengths = [len(prompt) for prompt in prompts]
-    attention = KeepingAttention([Group(1, length) for length in lengths])
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-    hidden = model.hidden(ids, positions, attention)
+def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int] | Grown]) -> Tensor:
+    """Encode prompts (or rows under way) without padding, each in one call, and let them enter the table; returns the
+    logits (B, V) of their last tokens."""
+    rows = [prompt if isinstance(prompt, Grown) else Grown(prompt) for prompt in prompts]
+    lengths = [len(row) for row in rows]
+    attention = KeepingAttention([Group(1, len(row), row.order(model.device)) for row in rows])
+    ids, positions, blocks = tensors_of(rows, model.device)
+    hidden = model.hidden(ids, positions, attention, blocks)
     table.add(lengths, attention.keys, attention.values)
     ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
     return model.logits(hidden[ends])
@@ -224,8 +220,8 @@ def decode(
             more = len(slots) + len(entering) == size
             yield from done
             if entering:
-                ids = [slot.prompt.ids for slot in entering]
-                first = prefill(model, table, ids) if held is None else prefill_rest(model, table, ids[0], held)
+                rows = [slot.row for slot in entering]
+                first = prefill(model, table, rows) if held is None else prefill_rest(model, table, rows[0].ids, held)
                 logits = torch.cat([logits, first])
                 slots += entering
         if not slots:
@@ -245,11 +241,10 @@ def decode(
         if len(staying) < len(slots):
             table.keep(staying)
             slots = [slots[i] for i in staying]
-            chosen = [chosen[i] for i in staying]
-        logits, slots = _fed(model, table, slots, chosen)
+        logits, slots = _fed(model, table, slots)
 
 
-def _fed(model: GPT, table: Table, slots: list[_Slot], chosen: list[int]) -> tuple[Tensor, list[_Slot]]:
+def _fed(model: GPT, table: Table, slots: list[_Slot]) -> tuple[Tensor, list[_Slot]]:
     """Feed each row its newest token: logits (B, V), and the rows in the table's order after it.
 
     Where a row grows past the length at which LongRoPE turns to other frequencies, its keys were turned by the wrong
@@ -257,17 +252,18 @@ def _fed(model: GPT, table: Table, slots: list[_Slot], chosen: list[int]) -> tup
     """
     turning = [rope.scaling.original + 1 for rope in model.config.ropes if rope and isinstance(rope.scaling, LongRope)]
     before = model.prefix.length if model.prefix else 0
-    anew = [slot for slot in slots if before + len(slot.prompt.ids) + len(slot.made) in turning]
+    anew = [slot for slot in slots if before + len(slot.row) in turning]
     if anew:
         kept = [i for i, slot in enumerate(slots) if slot not in anew]
         table.keep(kept)
-        slots, chosen = [slots[i] for i in kept], [chosen[i] for i in kept]
+        slots = [slots[i] for i in kept]
     logits = torch.empty(0, model.config.vocab_size, device=model.device)
     if slots:
-        positions = table.open_column()
-        logits = model.logits(model.hidden(torch.tensor(chosen, device=model.device), positions, table))
+        table.open_column()
+        ids, positions, blocks = tensors_of([slot.row for slot in slots], model.device, start=-1)
+        logits = model.logits(model.hidden(ids, positions, table, blocks))
     if anew:
-        logits = torch.cat([logits, prefill(model, table, [slot.prompt.ids + slot.made for slot in anew])])
+        logits = torch.cat([logits, prefill(model, table, [slot.row for slot in anew])])
     return logits, slots + anew
 
 
@@ -282,11 +278,13 @@ def _entering(
         if following is None:
             break
         number, prompt = following
-        if len(prompt.ids) >= context:
+        row = Grown(prompt.ids, prompt.blanks)
+        room = context - len(prompt.ids) - (len(prompt.blanks.places) if prompt.blanks else 0)
+        if room <= 0:
             done.append(Completion(number, [], "length", context_full=True))
             continue
-        limit = min(options.max_new_tokens, context - len(prompt.ids))
-        entering.append(_Slot(number, prompt, limit, stream(options.seed, prompt.key, prompt.sample)))
+        limit = min(options.max_new_tokens, room)
+        entering.append(_Slot(number, prompt, limit, stream(options.seed, prompt.key, prompt.sample), row))
     return entering, done
 
 
@@ -305,15 +303,17 @@ TextStops = Callable[[list[int]], bool]  # generated ids -> whether a stop text 
 def _advance(
     slot: _Slot, token: int, stops: Sequence[int], text_stops: TextStops | None, context: int
 ) -> Completion | None:
-    """Take a row's next token; its completion if that ends it."""
+    """Take a row's next token; its completion if that ends it, and not only one of its blanks."""
     if token in stops:
-        return Completion(slot.number, slot.made, "stop")
+        slot.ends += [len(slot.made)] if slot.prompt.blanks else []
+        return None if slot.row.next_blank() else Completion(slot.number, slot.made, "stop", ends=slot.ends)
     slot.made.append(token)
+    slot.row.feed(token)
     if text_stops and text_stops(slot.made):
-        return Completion(slot.number, slot.made, "stop")
+        return Completion(slot.number, slot.made, "stop", ends=slot.ends)
     if len(slot.made) >= slot.limit:
-        full = len(slot.prompt.ids) + len(slot.made) >= context
-        return Completion(slot.number, slot.made, "length", context_full=full)
+        full = len(slot.row) >= context
+        return Completion(slot.number, slot.made, "length", context_full=full, ends=slot.ends)
     return None
 
 

@@ -69,6 +69,8 @@ class GPTConfig:
     logit_scale: float = 1.0
     logit_cap: float | None = None
 
+    block_positions: bool = False  # a second table of positions, which rows with block_position_ids need (no family's)
+
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else None
 
@@ -196,6 +198,8 @@ class GPT(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied:
             self.head.weight = self.embedding.weight
+        # last, so that a seed draws the other weights as it does without it
+        self.block_position = Embedding(config.context, config.width) if config.block_positions else None
         self.prefix: Prefix | None = None  # an adapter puts it here
         self.gradient_checkpointing = False
 
@@ -203,10 +207,17 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def hidden(self, ids: Tensor, positions: Tensor, attention: Attention, noise: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        blocks: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states (..., C) of ids (...) at positions (...), counted from the end of a prefix.
 
-        `noise` is added to the embedding's rows.
+        `blocks` (...): block positions, None: all 0. `noise` is added to the embedding's rows.
         """
         if self.prefix is not None:
             attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
@@ -215,12 +226,16 @@ class GPT(nn.Module):
             x = x + noise
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
-        return self.through(x, positions, attention)
+        return self.through(x, positions, attention, blocks)
 
-    def through(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def through(self, x: Tensor, positions: Tensor, attention: Attention, blocks: Tensor | None = None) -> Tensor:
         """Final hidden states of tokens that are embedded already (..., C)."""
         if self.position is not None:
             x = x + self.position(positions)
+        if self.block_position is not None:
+            x = x + self.block_position(torch.zeros_like(positions) if blocks is None else blocks)
+        elif blocks is not None:
+            raise ValueError("this model has no table of block positions")
         tables = self._rotary_tables(positions, attention)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
@@ -247,7 +262,7 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, loss: Loss = PLAIN, noise: Tensor | None = None) -> dict[str, LossSum]:
         """The losses of a batch by name, each a sum and a weight; only labelled positions are projected."""
-        x = self.hidden(batch.ids, batch.positions, batch.attention, noise)[batch.scored]
+        x = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise)[batch.scored]
         scale, cap = self.config.logit_scale, self.config.logit_cap
         found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap, loss)
         return {"nll": found}

@@ -14,7 +14,8 @@ from sftcli.artifacts import atomic_file, json_line, line_fields, read_bytes, re
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model.adapters.peft import apply, open_model
 from sftcli.model.checkpoint import load_trained
-from sftcli.model.decoding import Held, Prompt, Token, decode
+from sftcli.model.decoding import Held, Token, decode
+from sftcli.model.growth import Prompt
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.recipefile import parse
@@ -60,6 +61,8 @@ class Model:
 
     def __init__(self, path: str, options: Generate):
         folder, adapter = open_model(path)
+        if folder.config.block_positions:
+            raise UsageError(f"{path} fills blanks and does not chat", hint="`sft generate` asks it")
         self.codec = codec_for(path, None)
         template = template_for(self.codec, path, options.template, options.template_text, options.columns)
         self.speaker = Speaker(template, self.codec.ends)

@@ -1,6 +1,7 @@
 """sft init --base: a model whose tokenizer lacks a template's control tokens -> one that has them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import torch
@@ -13,8 +14,8 @@ from sftcli.model.checkpoint import load_trained, open_folder, save_model
 from sftcli.model.gpt import GPT
 from sftcli.recipe import Init
 from sftcli.stages.common import missing_controls
-from sftcli.text.folder import load_codec, stop_ids
-from sftcli.text.template import control_tokens, load_template
+from sftcli.text.folder import folder_template, load_codec, stop_ids
+from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec
 
 
@@ -22,15 +23,16 @@ def extend(base: str, options: Init, output: str) -> None:
     """Write a model folder with the template, its control tokens, and a row of the embedding for each of them."""
     folder = open_folder(artifacts.model_folder(base))
     codec = load_codec(folder.path)
-    template = load_template(options.template, options.template_text, options.columns, codec.specials)
+    template = _template(folder.path, options, codec)
     new = missing_controls(template, codec)
+    new += [token for token in dict.fromkeys(options.controls) if token not in codec.added and token not in new]
     target = new_folder(output)
     definition = _with_tokens(codec, new)
     wider = Codec(definition, "the new tokenizer", codec.specials)
     network = load_trained(folder)
     _fill_rows(network, [wider.added[token] for token in new], codec.size)
     folder.json["vocab_size"] = network.config.vocab_size
-    end = control_tokens(template).get("eos")
+    end = None if template.source == folder_template(folder.path) else control_tokens(template).get("eos")
     stops = [wider.added[end]] if end in wider.added else []
     stops += [stop for stop in stop_ids(folder.path) if stop not in stops]
     extra = {"tokenizer.json": definition}
@@ -44,6 +46,14 @@ def extend(base: str, options: Init, output: str) -> None:
         told = f"{len(new)} new control tokens {names}; vocabulary of {size:,}, new rows the mean of the others; an "
         told += "adapter trains them under --set adapter.modules_to_save=[embed_tokens,lm_head]"
     console.note(f"init: {output}: {base} with template {template.name}; {told}")
+
+
+def _template(path: Path, options: Init, codec: Codec) -> Template:
+    """The one that flags name; where only control tokens are asked for, the base's own."""
+    named = options.template_text is not None or "template" in options.model_fields_set
+    if options.controls and not named and (own := folder_template(path)) is not None:
+        return Template(own, f"of {path}", codec.specials)
+    return load_template(options.template, options.template_text, options.columns, codec.specials)
 
 
 def _with_tokens(codec: Codec, new: list[str]) -> bytes:

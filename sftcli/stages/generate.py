@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_model, trained_on_another
 from sftcli.model.adapters.prefix_files import PrefixAdapter
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
-from sftcli.model.decoding import Completion, Prompt, TextStops, generate, in_order, padded, positions_of
+from sftcli.model.decoding import Completion, TextStops, generate, in_order, padded, positions_of
+from sftcli.model.growth import Blanks, Grown, Prompt
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
 from sftcli.stages.common import codec_for, encode_lines, read_lines_of, template_for
 from sftcli.text import pretokenized
 from sftcli.text.folder import folder_template, stop_ids
+from sftcli.text.objectives.blank_infilling import Filler, filler_of
 from sftcli.text.records import read_record, renamed
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
@@ -73,12 +75,14 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     stops, texts = _stop_set(options, codec, folder.path, artifacts.text_folder(words))
     if outside := [token for token in stops if not 0 <= token < folder.config.vocab_size]:
         console.warn(f"generate: stop token {outside[0]} is beyond the vocabulary of {folder.config.vocab_size:,}")
+    filler = _filler(options, folder, codec)
+    stops += [filler.marks.eop] if filler and filler.marks.eop not in stops else []
     asked: deque[_Asked] = deque()
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
-    records = _records(options, source, speaker, template.wanted, summary)
+    records = _records(options, source, speaker, template.wanted, summary, filler)
     failed: list[SftError] = []
-    prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked), failed)
+    prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked, filler), failed)
     if show_batch:
         prompts = _with_table(prompts, options, adapters[0][1])
     waiting = list(prompts) if len(adapters) > 1 else prompts  # a list can be asked again
@@ -109,6 +113,14 @@ def _models(options: Generate, model: str) -> tuple[ModelFolder, list[tuple[str,
         if adapter and trained_on_another(adapter, folder):
             console.warn(f"generate: adapter {name} was trained on another model than {folder.path}")
     return folder, found
+
+
+def _filler(options: Generate, folder: ModelFolder, codec: Codec) -> Filler | None:
+    """How prompts with blanks are read; None where the model goes on at the end of its prompts."""
+    if options.fill and not folder.config.block_positions:
+        raise UsageError(f"{folder.path} did not learn to fill blanks", hint="`sft mask --objective glm` teaches it")
+    fills = folder.config.block_positions if options.fill is None else options.fill
+    return filler_of(codec) if fills else None
 
 
 def _words_of(model: str, options: Generate) -> str:
@@ -154,7 +166,7 @@ def _until_error(prompts: Iterator[Prompt], failed: list[SftError]) -> Iterator[
 
 
 def _prompts(
-    records: Iterator[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked]
+    records: Iterator[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filler | None
 ) -> Iterator[Prompt]:
     """Encode prompts a batch ahead of the model; before a bad line, the good ones that came with it."""
     while True:
@@ -165,7 +177,7 @@ def _prompts(
                 batch.append(record)
         except SftError as error:
             failed = error
-        yield from _encoded(batch, codec, vocabulary, n, asked)
+        yield from _encoded(batch, codec, vocabulary, n, asked, filler)
         if failed:
             raise failed
         if len(batch) < READ_AHEAD:
@@ -173,7 +185,12 @@ def _prompts(
 
 
 def _records(
-    options: Generate, source: str, speaker: Speaker, wanted: tuple[str, ...], summary: Summary
+    options: Generate,
+    source: str,
+    speaker: Speaker,
+    wanted: tuple[str, ...],
+    summary: Summary,
+    filler: Filler | None,
 ) -> Iterator[_Record]:
     """Read and render the lines of the input."""
     for where, line, fields in read_lines_of([source]):
@@ -181,7 +198,7 @@ def _records(
             raise fields
         summary.prompts += 1
         try:
-            yield _record(line, fields, where, options, speaker, wanted, summary.prompts)
+            yield _record(line, fields, where, options, speaker, wanted, summary.prompts, filler)
         except DataError as error:
             raise error.located(where) from None
 
@@ -194,25 +211,35 @@ def _record(
     speaker: Speaker,
     wanted: tuple[str, ...],
     number: int,
+    filler: Filler | None,
 ) -> _Record:
     record = read_record(renamed(fields, options.columns, where), where, number, wanted)
     if record.shape == "tokens":
         document, weights = pretokenized.read(line, fields, where, number)
         end = next((t for t, weight in enumerate(weights or []) if weight), len(document.input_ids))
         return _Record(where, fields, None, record.id, document.input_ids[:end])
+    if filler and record.shape == "text":  # its end is seen by what fills it, too
+        return _Record(where, fields, None, record.id, filler.opened(speaker.documents(record)[0]))
     rendered, reference = speaker.prompt(record)
+    rendered = filler.opened(rendered) if filler else rendered
     return _Record(where, fields, reference, record.id, rendered)
 
 
-def _encoded(batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked]) -> Iterator[Prompt]:
+def _encoded(
+    batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filler | None
+) -> Iterator[Prompt]:
     for record, tokens in zip(batch, _ids(batch, codec), strict=True):
         if not tokens:
             raise DataError("the prompt is empty", record.where)
         if outside := [token for token in tokens if not 0 <= token < vocabulary]:
             raise DataError(f"id {outside[0]}, the model's vocabulary has {vocabulary}", record.where, "$.input_ids")
+        blanks = None
+        if filler:
+            tokens, places = filler.with_blanks(tokens)
+            blanks = Blanks(places, filler.marks.sop)
         for sample in range(n):
             asked.append(_Asked(record.fields, record.reference, sample))
-            yield Prompt(tokens, record.key, sample)
+            yield Prompt(tokens, record.key, sample, blanks)
 
 
 def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
@@ -232,21 +259,36 @@ def _with_table(prompts: Iterator[Prompt], options: Generate, adapter: Adapter |
     """Print the first batch as the decoder lays it out: ids, mask and positions."""
     first = [prompt for prompt, _ in zip(prompts, range(options.batch_size), strict=False)]
     if first:
-        ids, mask = padded([prompt.ids for prompt in first], options.pad_side)
         before = adapter.options.length if isinstance(adapter, PrefixAdapter) else 0
-        for name, table in (("ids", ids), ("mask", mask), ("positions", positions_of(mask) + before)):
+        for name, table in _tables([Grown(prompt.ids, prompt.blanks) for prompt in first], options.pad_side, before):
             console.note(f"{name} ({options.pad_side}-padded):")
-            for row in table.tolist():
+            for row in table:
                 console.note("  " + " ".join(map(str, row)))
     yield from first
     yield from prompts
 
 
+def _tables(rows: list[Grown], side: str, before: int) -> Iterator[tuple[str, list[list[int]]]]:
+    """What rows are fed as, by name; positions count from the end of a prefix of `before` tokens."""
+    ids, mask = padded([row.ids for row in rows], side)
+    yield from (("ids", ids.tolist()), ("mask", mask.tolist()))
+    if not any(row.blanks for row in rows):
+        yield "positions", (positions_of(mask) + before).tolist()
+        return
+    yield "positions", (padded([row.positions for row in rows], side)[0] + before).tolist()
+    yield "block positions", padded([row.blocks for row in rows], side)[0].tolist()
+
+
 def _line(ask: _Asked, done: Completion, codec: Codec, texts: list[str], options: Generate, adapter: str) -> bytes:
-    text = codec.decode(done.ids)
+    unfinished = not done.ends or done.ends[-1] < len(done.ids)
+    bounds = [0, *done.ends, *([len(done.ids)] if unfinished else [])]
+    fills = [codec.decode(done.ids[a:b]) for a, b in pairwise(bounds)]
+    text = "\n".join(fills)
     for stop in texts:
         text = text.partition(stop)[0]
     line: dict[str, Any] = {**ask.fields, "completion": text, "completion_ids": done.ids}
+    if len(fills) > 1:
+        line["fills"] = fills
     line["finish_reason"] = done.finish_reason
     if adapter:
         line["adapter"] = adapter

@@ -21,6 +21,7 @@ def init(options: Init, output: str) -> None:
     folder = make_folder(output, NAMES)
     template = load_template(options.template, options.template_text, options.columns, {})
     controls = control_tokens(template)
+    controls = controls | {"controls": list(dict.fromkeys([*controls["controls"], *options.controls]))}
     specials = {f"{name}_token": controls[name] for name in ("bos", "eos", "pad") if controls.get(name)}
     template = Template(template.source, template.name, specials)
     texts = _texts(options, template, controls["controls"])

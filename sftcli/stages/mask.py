@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 
 import msgspec
@@ -12,13 +13,13 @@ import msgspec
 from sftcli import console, views
 from sftcli.artifacts import decode_json, json_line, open_output, text_folder
 from sftcli.errors import DataError, UsageError
-from sftcli.recipe import Mask
+from sftcli.recipe import BlankInfilling, Causal, Mask
 from sftcli.rowfile import is_row_file, write_rows
 from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
 from sftcli.stages.common import Rejects, read_lines_of
 from sftcli.text import pretokenized
 from sftcli.text.folder import load_codec
-from sftcli.text.objectives import causal
+from sftcli.text.objectives import blank_infilling, causal
 from sftcli.text.store import recall_codec
 from sftcli.text.tokenizer import Codec
 
@@ -27,7 +28,7 @@ MOSTLY_LOST = 0.1  # warn when more than this share of the rows is dropped
 
 @dataclass
 class Summary:
-    """What one run of the stage did: rows in = kept + dropped."""
+    """What one run of the stage did: rows in = kept + dropped, where the objective makes one row of each."""
 
     rows: int = 0
     kept: int = 0
@@ -54,6 +55,9 @@ class Made:
     extra: Extra
 
 
+Maker = Callable[[Document, list[float] | None], list[tuple[Row, Document, list[float]]]]  # as in `Made`
+
+
 def mask(options: Mask, source: str, output: str | None, show: int = 0, model: str | None = None) -> Summary:
     """Run the stage. `model` only names tokens in what is shown."""
     summary = Summary()
@@ -62,19 +66,56 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
         out = None if to_columns else stack.enter_context(open_output(output))
         rejects = stack.enter_context(Rejects("skip", options.rejects))
         line = stack.enter_context(console.live())
-        rule = causal.rule_of(options)
-        if options.format == "neox" and not options.seq_len:
-            raise UsageError("--format neox needs --seq-len N")
-        if options.format != "rows" and to_columns:
-            raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
+        _refuse(options, to_columns)
         codec = load_codec(text_folder(model)) if model else None
-        made = _shown(_counted(_made(options, rule, source, rejects, summary), line), show, codec, line)
+        maker = _maker(options, codec)
+        made = _shown(_counted(_made(options, maker, source, rejects, summary), line), show, codec, line)
         made = _accounted(made, summary, codec, line, to_columns)
         if out is None:
             write_rows(str(output), (item.row for item in made))
         else:
             out.writelines(_formatted(item, options) for item in made)
     return summary
+
+
+def _refuse(options: Mask, to_columns: bool) -> None:
+    """Raise UsageError for options that do not fit together."""
+    if options.format == "neox" and not options.seq_len:
+        raise UsageError("--format neox needs --seq-len N")
+    if options.format != "rows" and to_columns:
+        raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
+    if isinstance(options.objective, Causal):
+        return
+    kind, allowed = options.objective.kind, {"objective", "train_on", "max_length", "too_long", "rejects"}
+    defaults = {name: field.default for name, field in type(options).model_fields.items()}
+    if other := {name for name in defaults if getattr(options, name) != defaults[name]} - allowed - {"format"}:
+        raise UsageError(f"objective {kind} chooses its own tokens: no {', '.join(sorted(other))}")
+    for name, usable in (("format", ("rows",)), ("train_on", ("own", "last")), ("too_long", ("drop", "error"))):
+        if getattr(options, name) not in usable:
+            raise UsageError(f"objective {kind} has no {name} {getattr(options, name)}", hint=" or ".join(usable))
+
+
+def _maker(options: Mask, codec: Codec | None) -> Maker:
+    """The objective as a function of a document (and the weights it may bring)."""
+    objective = options.objective
+    if isinstance(objective, BlankInfilling):
+        known = lru_cache(maxsize=4)(lambda tokenizer: codec or recall_codec(tokenizer))
+        return lambda document, given: [
+            (row, msgspec.structs.replace(document, segments=[]), [])
+            for row in blank_infilling.rows(document, given, objective, options.train_on, known(document.tokenizer))
+        ]
+    rule = causal.rule_of(options)
+    return lambda document, given: [_causal(document, given, rule, options)]
+
+
+def _causal(
+    document: Document, given: list[float] | None, rule: causal.Rule, options: Mask
+) -> tuple[Row, Document, list[float]]:
+    if given is not None and options.train_on == "own" and not options.roles:
+        weights = given
+    else:
+        weights = causal.weights_of(document, rule, options)
+    return causal.row_of(document, causal.after_eod(document, weights, options)), document, weights
 
 
 def _accounted(
@@ -91,8 +132,8 @@ def _accounted(
         raise DataError(f"nothing is left to train: all {summary.rows:,} rows were dropped ({_reasons(summary)})")
 
 
-def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summary: Summary) -> Iterator[Made]:
-    """Every document that leaves something to train, as a row that fits; the others are counted by reason."""
+def _made(options: Mask, maker: Maker, source: str, rejects: Rejects, summary: Summary) -> Iterator[Made]:
+    """Every document that leaves something to train, as rows that fit; the others are counted by reason."""
     limit = _limit(options)
     seen: set[bytes] = set()
     for where, line, fields in read_lines_of([source]):
@@ -100,18 +141,8 @@ def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summa
             raise fields
         summary.rows += 1
         try:
-            made = _row(line, fields, where, summary.rows, rule, options)
-            if not made.row.trained():
-                raise causal.NothingTrained("nothing trained")
-            if too_long := limit is not None and len(made.row.input_ids) > limit:
-                if options.too_long == "error":
-                    raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", where, "$.input_ids")
-                made = _cut(made, limit, options.too_long)
-            if options.drop_duplicates:
-                _refuse_duplicate(made.row, seen)
-            summary.cut += too_long
-            _count(made, summary)
-            summary.weights_lost += options.format == "neox" and made.row.loss_weight is not None
+            for item in _rows(line, fields, where, summary.rows, maker, options):
+                yield _fitted(item, limit, options, summary, seen)
         except causal.NothingTrained as reason:
             summary.dropped[str(reason)] += 1
             summary.first_dropped.setdefault(str(reason), where)
@@ -120,7 +151,6 @@ def _made(options: Mask, rule: causal.Rule, source: str, rejects: Rejects, summa
             continue
         except DataError as error:
             raise error.located(where) from None
-        yield made
 
 
 def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
@@ -131,16 +161,32 @@ def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
     seen.add(key)
 
 
-def _row(
-    line: bytes, fields: dict[str, msgspec.Raw], where: str, number: int, rule: causal.Rule, options: Mask
-) -> Made:
+def _fitted(made: Made, limit: int | None, options: Mask, summary: Summary, seen: set[bytes]) -> Made:
+    """The row, no longer than it may be. Raises NothingTrained."""
+    if not made.row.trained():
+        raise causal.NothingTrained("nothing trained")
+    if too_long := limit is not None and len(made.row.input_ids) > limit:
+        if options.too_long == "error":
+            raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", None, "$.input_ids")
+        made = _cut(made, limit, options.too_long)
+    if options.drop_duplicates:
+        _refuse_duplicate(made.row, seen)
+    summary.cut += too_long
+    _count(made, summary)
+    summary.weights_lost += options.format == "neox" and made.row.loss_weight is not None
+    return made
+
+
+def _rows(
+    line: bytes, fields: dict[str, msgspec.Raw], where: str, number: int, maker: Maker, options: Mask
+) -> list[Made]:
     if "segments" in fields:
         document = decode_json(line, where, Document)
         _check_segments(document, where)
         given = None
     elif pretokenized.is_tokens(fields):
         document, given = pretokenized.read(line, fields, where, number)
-        if given is None and options.train_on in ("own", "own-final", "own-reasoning", "last"):
+        if given is None and _needs_turns(options):
             raise DataError(
                 "input_ids with neither segments nor labels nor loss_mask",
                 where,
@@ -150,14 +196,16 @@ def _row(
         raise DataError(
             f"not a document: the line has {', '.join(fields)}", where, hint="documents come from `sft tokenize`"
         )
-    if given is not None and options.train_on == "own" and not options.roles:
-        weights = given
-    else:
-        weights = causal.weights_of(document, rule, options)
-    row = causal.row_of(document, causal.after_eod(document, weights, options))
     known = RESERVED | pretokenized.known(fields)
     extra = {name: raw for name, raw in fields.items() if name not in known}
-    return Made(row, document, weights, extra)
+    return [Made(*made, extra) for made in maker(document, given)]
+
+
+def _needs_turns(options: Mask) -> bool:
+    """Whether the objective asks whose words are where."""
+    if isinstance(options.objective, BlankInfilling):
+        return options.objective.level == "sft"
+    return options.train_on in ("own", "own-final", "own-reasoning", "last")
 
 
 def _check_segments(document: Document, where: str) -> None:

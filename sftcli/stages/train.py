@@ -20,7 +20,8 @@ from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
-from sftcli.model.decoding import Prompt, generate, in_order
+from sftcli.model.decoding import generate, in_order
+from sftcli.model.growth import Prompt, blanks_of_row
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
@@ -224,7 +225,9 @@ def _answer_samples(job: Job, step: int) -> None:
 def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
     """(what comes before the first trained tokens, these tokens); a prompt has at least one token."""
     start = next((t for t in range(1, len(row.labels)) if row.labels[t] != IGNORE), None)
-    if start is None:
+    if row.block_position_ids is not None and row.order is not None:
+        return blanks_of_row(row)
+    if start is None or row.order is not None:
         return None
     end = next((t for t in range(start, len(row.labels)) if row.labels[t] == IGNORE), len(row.labels))
     return Prompt(row.input_ids[:start], row.id), row.input_ids[start:end]

@@ -23,7 +23,7 @@ from sftcli.model import optim, resume
 from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.batches import weight_of
-from sftcli.model.checkpoint import DTYPES, ModelFolder, load_model
+from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, load_model
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.mixture import Input, input_of, parts_of
@@ -135,6 +135,11 @@ def make_job(
 ) -> Job:
     """`inputs`: what the rows were collected from, where they do not all count once."""
     inputs = inputs or [(Input(where), len(rows))]
+    if "block_position_ids" in rows.columns and not folder.config.block_positions:
+        if options.adapter:
+            hint = "train it without adapter first"
+            raise UsageError(f"{where}: these rows need a table of block positions, which the base lacks", hint=hint)
+        add_block_positions(folder)
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = _engine(options)

@@ -368,4 +368,5 @@ def peft_config(model: GPT, folder: ModelFolder, options: Lora, base: str) -> di
 
 def identity(folder: ModelFolder) -> str:
     """A fingerprint of a model's config and weights."""
-    return fingerprint(*(file_fingerprint(path) for path in (folder.path / "config.json", *folder.files)))
+    extra = sorted({entry.path for entry in folder.extra.values()})
+    return fingerprint(*(file_fingerprint(path) for path in (folder.path / "config.json", *folder.files, *extra)))
