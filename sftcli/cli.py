@@ -1,23 +1,24 @@
 """The commands: parse, call a stage, report. Nothing heavy is imported before a command runs."""
 
-import os
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import typer.core
 
 from sftcli import __version__, console, tools
-from sftcli.errors import Exit, SftError, UsageError
+from sftcli.errors import UsageError
+from sftcli.exits import Commands
 from sftcli.flags import (
+    AdapterKind,
     Adapters,
     Columns,
     Kind,
+    LearningRate,
     Lengths,
     Level,
     Model,
+    ModelOrRecipe,
     ObjectiveSeed,
     Order,
     Output,
@@ -27,6 +28,7 @@ from sftcli.flags import (
     Spans,
     Template,
     TemplateText,
+    WeightedRows,
     dies_with_its_reader,
     filter_options,
     objective_settings,
@@ -46,35 +48,8 @@ the whole job as a pipeline:
 """
 
 
-OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
-
-
-class _Commands(typer.core.TyperGroup):
-    """Turns the one error class into a line and an exit code."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        if "--traceback" in sys.argv or os.environ.get("SFT_TRACEBACK"):
-            return super().main(*args, **kwargs)
-        try:
-            return super().main(*args, **kwargs)
-        except SftError as error:
-            console.fail(str(error), error.hint)
-            code = int(error.code)
-        except KeyboardInterrupt:
-            code = 130
-        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-                raise
-            console.fail("out of memory", "fewer --set train.micro_batch_tokens, or a smaller --batch-size")
-            code = Exit.MEMORY
-        except BrokenPipeError:
-            code = 141
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(code)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     name="sft",
     help=HELP,
     no_args_is_help=True,
@@ -250,32 +225,15 @@ def mask(
 
 @app.command()
 def train(
-    rows: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="ROWS", help="From sft mask; - . FILE*0.3: 30% of its rows an epoch, FILE#500: 500."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")
-    ] = None,
+    rows: WeightedRows = None,
+    model: ModelOrRecipe = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="The run folder.")] = "run",
     epochs: Annotated[float | None, typer.Option(help="Times through the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 an adapter, 1e-2 a prefix)."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="lora|prefix|prompt", help="Train a low-rank update or a prefix; --set adapter.rank=16 and more."
-        ),
-    ] = None,
-    prefix_length: Annotated[
-        int | None, typer.Option(metavar="P", help="Positions of a prefix or prompt (10).")
-    ] = None,
-    prefix_mlp: Annotated[
-        int | None, typer.Option(metavar="M", help="Train the prefix through an MLP of this width.")
-    ] = None,
+    lr: LearningRate = None,
+    adapter: AdapterKind = None,
+    prefix_length: Annotated[int | None, typer.Option(metavar="P", help="Positions of a prefix (10).")] = None,
+    prefix_mlp: Annotated[int | None, typer.Option(metavar="M", help="Train it through an MLP this wide.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step ...")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="... or its rows.")] = None,
     eval_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Held-out rows.")] = None,
@@ -303,10 +261,8 @@ def train(
             raise UsageError(f"{recipe} names no `model:`", hint="sft run RECIPE makes one by its `init:`; or -m MODEL")
     if not model:
         raise UsageError("no model", hint="-m MODEL; `sft init DATA -o base` makes one from nothing")
-    settings = [*([f"optimizer.lr={lr}"] if lr is not None else []), *settings]
-    settings = [*([f"adapter.length={prefix_length}"] if prefix_length is not None else []), *settings]
-    settings = [*([f"adapter.mlp={prefix_mlp}"] if prefix_mlp is not None else []), *settings]
-    settings = [*([f"adapter.kind={adapter}"] if adapter is not None else []), *settings]
+    inner = {"adapter.kind": adapter, "adapter.mlp": prefix_mlp, "adapter.length": prefix_length, "optimizer.lr": lr}
+    settings = [*(f"{key}={value}" for key, value in inner.items() if value is not None), *settings]
     options = options_of(
         "train",
         recipe,

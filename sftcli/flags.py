@@ -19,6 +19,23 @@ Columns = Annotated[
 Template = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")
 ]
+WeightedRows = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="ROWS", help="From sft mask; - . FILE*0.3: 30% of its rows an epoch, FILE#500: 500."),
+]
+ModelOrRecipe = Annotated[
+    str | None, typer.Option("-m", "--model", metavar="MODEL|RECIPE", help="A model folder, a run, or a recipe.")
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help="Peak learning rate (1e-3 from nothing, 2e-5 pretrained, 2e-4 an adapter, 1e-2 a prefix)."),
+]
+AdapterKind = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lora|prefix|prompt", help="Train a low-rank update or a prefix; --set adapter.rank=16 and more."
+    ),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),

@@ -32,7 +32,7 @@ def group_of(name):
         return "sftcli"
     if parts[1] == "stages":
         return "common" if parts[2:] in (["common"], ["training_job"]) else "stages"
-    if parts[1] in ("cli", "flags", "tools", "__main__"):
+    if parts[1] in ("cli", "exits", "flags", "tools", "__main__"):
         return "cli"
     return parts[1] if parts[1] in ("text", "model") else "basis"
 
