@@ -284,11 +284,11 @@ def _documents(
 
 def _unwritten(conversation: Conversation, results: list[Encoded]) -> int:
     """How many turns have reasoning in a field of their message and none in what was made of them."""
+    if all(len(message) == 2 for message in conversation.messages):  # role and content: most of them
+        return 0
     named = [
         any(str(message.get(name) or "").strip() for name in REASONING_FIELDS) for message in conversation.messages
     ]
-    if not any(named):
-        return 0
     return max(0, sum(named) - sum(s.own and s.role == REASONING for _, segments in results for s in segments))
 
 

@@ -222,7 +222,7 @@ class Speaker:
         for i, message in enumerate(conversation.messages[:count]):
             content = message.get("content")
             words = content.strip() if isinstance(content, str) else ""
-            if any(name not in text for name in _called(message)):
+            if len(message) > 2 and any(name not in text for name in _called(message)):
                 reason = "has no place for tool calls"
             elif i in shown or not words:
                 continue
