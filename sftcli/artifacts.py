@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -159,6 +160,33 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its name only when it is complete; an older one of that name goes away."""
+    temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _replace_folder(temporary, output)
+    except OSError as error:
+        raise cannot_write(output, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(temporary: Path, output: Path) -> None:
+    old = output.with_name(f".old-{output.name}-{secrets.token_hex(4)}")
+    if output.exists():
+        os.rename(output, old)
+    os.rename(temporary, output)
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def cannot_write(path: str | Path, error: OSError) -> SftError:

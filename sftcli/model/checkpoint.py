@@ -1,7 +1,5 @@
 """Model folders in and out: Hugging Face's files, tensor by tensor."""
 
-import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sftcli.artifacts import cannot_write, read_json, write_json
+from sftcli.artifacts import atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
@@ -261,32 +259,30 @@ def save_model(
     that of each tensor as it was stored. `extra`: further small files, which win.
     """
     limit = bytes_of(shard_size)
-    temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {tensor.name: tensor for tensor in folder.family.tensors(model.config)}
     dtypes = {name: dtype or folder.dtype_of(name) for name in stored}
     sizes = {name: sum(parameters[p].numel() for p in t.ours) * dtypes[name].itemsize for name, t in stored.items()}
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(output) as made:
         makers = {name: partial(_upstream, tensor, parameters, dtypes[name]) for name, tensor in stored.items()}
-        write_shards(temporary, makers, sizes, limit)
+        write_shards(made, makers, sizes, limit)
         if added := {name: parameters[name].detach().float().cpu() for name in EXTRAS if name in parameters}:
-            write_tensors(temporary / EXTRA, added)
+            write_tensors(made / EXTRA, added)
         config = {key: value for key, value in folder.json.items() if key != "torch_dtype"}  # the older spelling
-        write_json(temporary / "config.json", config | {"dtype": str(dtype or folder.dtype).removeprefix("torch.")})
-        for name in COMPANIONS:
-            if (folder.path / name).is_file():
-                shutil.copyfile(folder.path / name, temporary / name)
+        write_json(made / "config.json", config | {"dtype": str(dtype or folder.dtype).removeprefix("torch.")})
+        copy_companions(folder, made)
         if template is not None:
-            (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
-        write_json(temporary / "generation_config.json", _generation_config(folder, stops))
+            (made / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_json(made / "generation_config.json", _generation_config(folder, stops))
         for name, content in extra.items():
-            (temporary / name).write_bytes(content)
-        replace_folder(temporary, output)
-    except OSError as error:
-        raise cannot_write(output, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (made / name).write_bytes(content)
+
+
+def copy_companions(folder: ModelFolder, made: Path) -> None:
+    """The tokenizer's files and the chat template of a folder, beside new weights."""
+    for name in COMPANIONS:
+        if (folder.path / name).is_file():
+            shutil.copyfile(folder.path / name, made / name)
 
 
 def _generation_config(folder: ModelFolder, stops: Sequence[int]) -> dict[str, Any]:
@@ -295,17 +291,3 @@ def _generation_config(folder: ModelFolder, stops: Sequence[int]) -> dict[str, A
     if stops:
         config["eos_token_id"] = stops[0] if len(stops) == 1 else list(stops)
     return config
-
-
-def replace_folder(temporary: Path, output: Path) -> None:
-    """Rename a finished folder to its name; an older one of that name goes away after."""
-    old = output.with_name(f".old-{output.name}-{secrets.token_hex(4)}")
-    if output.exists():
-        os.rename(output, old)
-    os.rename(temporary, output)
-    descriptor = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)

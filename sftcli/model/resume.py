@@ -5,7 +5,6 @@ safetensors, the rest as JSON. Order, learning rate and dropout are functions of
 """
 
 import re
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
-from sftcli.artifacts import CHECKPOINTS, cannot_write, read_json, write_json
+from sftcli.artifacts import CHECKPOINTS, atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
-from sftcli.model.checkpoint import replace_folder
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import load_state_tensors, state_tensors
 from sftcli.model.tensorfile import write_tensors
@@ -30,19 +28,12 @@ DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeErro
 def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: dict[str, Any], keep: int) -> Path:
     """Write checkpoints/step-N and then let go of all but the newest `keep` (and the best, if `facts` names one)."""
     folder = folder_of(run, step)
-    temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(folder) as made:
         weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-        write_tensors(temporary / TRAINED, weights)
+        write_tensors(made / TRAINED, weights)
         state = {name: value.cpu() for name, value in state_tensors(model, optimizers).items()}
-        write_tensors(temporary / OPTIMIZER, state | {RNG: torch.get_rng_state()})
-        write_json(temporary / STATE, {"step": step, "torch": str(torch.__version__), **facts})
-        replace_folder(temporary, folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_tensors(made / OPTIMIZER, state | {RNG: torch.get_rng_state()})
+        write_json(made / STATE, {"step": step, "torch": str(torch.__version__), **facts})
     best = facts.get("best_step")
     for old in checkpoints(run)[:-keep]:
         if _step_of(old) != best:

@@ -9,7 +9,7 @@ from sftcli.artifacts import read_json
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.rows import own_turns
-from sftcli.stages.common import codec_for, read_lines_of, template_for
+from sftcli.stages.common import codec_for, encode_lines, read_lines_of, template_for
 from sftcli.text.records import Conversation, read_record, renamed
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
@@ -80,19 +80,13 @@ def _examine(
 def _examine_batch(
     batch: list[tuple[str, Conversation, list[Rendered], Rendered]], codec: Codec, context: int | None, found: Findings
 ) -> None:
-    try:
-        encoded = iter(codec.encode([text for _, _, texts, _ in batch for text in texts]))
-        prompts = codec.encode([prompt for *_, prompt in batch])
-    except DataError as error:
-        if len(batch) == 1:
-            found.refused.append(str(error.located(batch[0][0])))
-        else:
-            for one in batch:
-                _examine_batch([one], codec, context, found)
-        return
     bos = codec.added.get(codec.specials.get("bos_token", ""))
-    for (where, record, texts, _), (prompt, _) in zip(batch, prompts, strict=True):
-        documents = [next(encoded) for _ in texts]
+    encoded = encode_lines(codec, [(where, [*texts, prompt]) for where, _, texts, prompt in batch])
+    for (where, record, texts, _), result in zip(batch, encoded, strict=True):
+        if isinstance(result, DataError):
+            found.refused.append(str(result))
+            continue
+        *documents, (prompt, _) = result
         for ids, segments in documents:
             if len(ids) > found.longest:
                 found.longest, found.longest_at = len(ids), where

@@ -1,7 +1,5 @@
 """sft import: a GGUF file -> a model folder."""
 
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +7,9 @@ import msgspec
 from tokenizers import Tokenizer
 
 from sftcli import console
-from sftcli.artifacts import cannot_write, write_json
+from sftcli.artifacts import atomic_folder, write_json
 from sftcli.errors import CheckpointError, UsageError
-from sftcli.model.checkpoint import DTYPES, open_folder, replace_folder
+from sftcli.model.checkpoint import DTYPES, open_folder
 from sftcli.model.gguf.architectures import Architecture, architecture_of_file
 from sftcli.model.gguf.configs import read_config
 from sftcli.model.gguf.file import GGUF, open_gguf
@@ -32,17 +30,11 @@ def import_gguf(path: str, output: str, dtype: str | None) -> None:
     file = open_gguf(path)
     one = architecture_of_file(file.fields)
     files = _files_of(file, one, dtype or _dtype_of(file))
-    temporary = folder.with_name(f".tmp-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        _write(file, one, files, temporary)
-        replace_folder(temporary, folder)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(temporary), path), error.hint) from None
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as made:
+        try:
+            _write(file, one, files, made)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(made), path), error.hint) from None
     packed = ", ".join(sorted({str(tensor.tensor_type.name) for tensor in file.tensors.values()}))
     config = files["config.json"]
     console.note(

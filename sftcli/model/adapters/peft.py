@@ -4,8 +4,6 @@ Keys are `base_model.model.<transformers' module path>.lora_A.weight` and the li
 a fused layer has one A and one B. The keys of a file, not the patterns of its config, say which layers it adapts.
 """
 
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ from sftcli.artifacts import (
     ADAPTER_CONFIG,
     RUN,
     adapter_folder,
-    cannot_write,
+    atomic_folder,
     file_fingerprint,
     fingerprint,
     model_and_adapter,
@@ -50,7 +48,7 @@ from sftcli.model.adapters.prefix_files import (
     prefix_tensors,
     read_prefix,
 )
-from sftcli.model.checkpoint import COMPANIONS, ModelFolder, open_folder, replace_folder, stored_shape
+from sftcli.model.checkpoint import ModelFolder, copy_companions, open_folder, stored_shape
 from sftcli.model.families import Stored, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
 from sftcli.model.tensorfile import read_entries, write_tensors
@@ -289,25 +287,16 @@ def save_adapter(
     model: GPT, folder: ModelFolder, output: Path, options: recipe.Adapter, base: str, extra: Mapping[str, bytes]
 ) -> None:
     """Write PEFT's files and the base's tokenizer beside them; `extra`: further files, which win."""
-    temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
-        if isinstance(options, Lora):
-            tensors, config = adapter_tensors(model, folder), peft_config(model, folder, options, base)
-        else:
-            tensors, config = prefix_tensors(model), prefix_config(folder.config, options, base)
-        write_tensors(temporary / ADAPTER_WEIGHTS, tensors)
-        write_json(temporary / ADAPTER_CONFIG, config)
-        for name in COMPANIONS:
-            if (folder.path / name).is_file():
-                shutil.copyfile(folder.path / name, temporary / name)
+    if isinstance(options, Lora):
+        tensors, config = adapter_tensors(model, folder), peft_config(model, folder, options, base)
+    else:
+        tensors, config = prefix_tensors(model), prefix_config(folder.config, options, base)
+    with atomic_folder(output) as made:
+        write_tensors(made / ADAPTER_WEIGHTS, tensors)
+        write_json(made / ADAPTER_CONFIG, config)
+        copy_companions(folder, made)
         for name, content in extra.items():
-            (temporary / name).write_bytes(content)
-        replace_folder(temporary, output)
-    except OSError as error:
-        raise cannot_write(output, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (made / name).write_bytes(content)
 
 
 def adapter_tensors(model: GPT, folder: ModelFolder) -> dict[str, Tensor]:
