@@ -38,14 +38,16 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     )
 
 
+OUTSIDE = {
+    "transformer.wte": "embedding",
+    "transformer.wpe": "position",
+    "transformer.ln_f": "norm",
+    "lm_head": "head",
+}
+
 FAMILY = Family(
     read_config,
-    outside={
-        "transformer.wte": "embedding",
-        "transformer.wpe": "position",
-        "transformer.ln_f": "norm",
-        "lm_head": "head",
-    },
+    OUTSIDE,
     layer={
         "ln_1": "attention_norm",
         "attn.c_attn": ("attention.q", "attention.k", "attention.v"),

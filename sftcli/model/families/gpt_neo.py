@@ -5,6 +5,7 @@ from typing import Any
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family
 from sftcli.model.families.config import activation, positive, size, sizes, switch
+from sftcli.model.families.gpt2 import OUTSIDE
 from sftcli.model.gpt import GPTConfig
 
 
@@ -41,12 +42,7 @@ def _windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:
 
 FAMILY = Family(
     read_config,
-    outside={
-        "transformer.wte": "embedding",
-        "transformer.wpe": "position",
-        "transformer.ln_f": "norm",
-        "lm_head": "head",
-    },
+    OUTSIDE,
     layer={
         "ln_1": "attention_norm",
         **{f"attn.attention.{name}_proj": f"attention.{name}" for name in ("q", "k", "v")},

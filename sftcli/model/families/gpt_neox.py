@@ -4,7 +4,7 @@ from typing import Any
 
 from sftcli.model.families import Family
 from sftcli.model.families.config import activation, positive, sizes, switch
-from sftcli.model.families.ropes import reach, read_rope
+from sftcli.model.families.ropes import read_rope, turning
 from sftcli.model.gpt import GPTConfig
 
 
@@ -12,13 +12,11 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     found = sizes(config, takes_head_dim=False)
     rope = read_rope(config, found["head_dim"], fraction=0.25, theta_key="rotary_emb_base", fraction_key="rotary_pct")
     biased = switch(config, "attention_bias", True)
-    common = found | {"context": reach(rope, found["context"])}
     return GPTConfig(
-        **common,
+        **turning(found, rope),
         norm="layer",
         norm_eps=positive(config, "layer_norm_eps", 1e-5),
         residual="parallel" if switch(config, "use_parallel_residual", True) else "sequential",
-        ropes=(rope,) * found["layers"],
         gated=False,
         activation=activation(config, "hidden_act", "gelu"),
         qkv_bias=biased,

@@ -4,7 +4,7 @@ from typing import Any
 
 from sftcli.model.families import Family
 from sftcli.model.families.config import activation, positive, refuse, sizes, switch
-from sftcli.model.families.ropes import reach, read_rope
+from sftcli.model.families.ropes import read_rope, turning
 from sftcli.model.gpt import GPTConfig
 
 Modules = dict[str, str | tuple[str, ...]]
@@ -27,12 +27,10 @@ def switches(config: dict[str, Any], found: dict[str, Any], eps: float = 1e-6, t
     """What Llama-like families have in common: sizes, RMSNorm, SwiGLU, one rope for all layers."""
     rope = read_rope(config, found["head_dim"])
     return {
-        **found,
-        "context": reach(rope, found["context"]),
+        **turning(found, rope),
         "norm": "rms",
         "norm_eps": positive(config, "rms_norm_eps", eps),
         "activation": activation(config, "hidden_act", "silu"),
-        "ropes": (rope,) * found["layers"],
         "tied": switch(config, "tie_word_embeddings", tied),
     }
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from sftcli.model.families import Family
 from sftcli.model.families.config import activation, positive, refuse, sizes, switch
-from sftcli.model.families.ropes import reach, read_rope
+from sftcli.model.families.ropes import read_rope, turning
 from sftcli.model.gpt import GPTConfig
 
 
@@ -12,13 +12,11 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     refuse(config, qk_layernorm=(False,))
     found = sizes(config)
     rope = read_rope(config, found["head_dim"], fraction=0.5)
-    common = found | {"context": reach(rope, found["context"])}
     return GPTConfig(
-        **common,
+        **turning(found, rope),
         norm="layer",
         norm_eps=positive(config, "layer_norm_eps", 1e-5),
         residual="parallel_shared",
-        ropes=(rope,) * found["layers"],
         gated=False,
         activation=activation(config, "hidden_act", "gelu_new"),
         qkv_bias=True,

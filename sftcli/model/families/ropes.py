@@ -111,6 +111,11 @@ def _longrope(parameters: dict[str, Any], config: dict[str, Any], original: int,
     return LongRope(divisors[0], divisors[1], original, positive(parameters, "attention_factor", amplitude))
 
 
+def turning(found: dict[str, Any], rope: Rope) -> dict[str, Any]:
+    """Sizes of a model all of whose layers have this rope, which may stretch its context."""
+    return found | {"context": reach(rope, found["context"]), "ropes": (rope,) * found["layers"]}
+
+
 def reach(rope: Rope, context: int) -> int:
     """The longest row: what a scaling that stretches beyond the stated context makes of it."""
     if isinstance(rope.scaling, Dynamic):

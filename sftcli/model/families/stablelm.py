@@ -5,7 +5,7 @@ from typing import Any
 from sftcli.model.families import Family
 from sftcli.model.families.config import activation, positive, refuse, sizes, switch
 from sftcli.model.families.llama import ATTENTION, MLP, NORMS, OUTSIDE
-from sftcli.model.families.ropes import reach, read_rope
+from sftcli.model.families.ropes import read_rope, turning
 from sftcli.model.gpt import GPTConfig
 
 
@@ -13,13 +13,11 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     refuse(config, qk_layernorm=(False,))
     found = sizes(config, context=4096, kv_heads=32, takes_head_dim=False)
     rope = read_rope(config, found["head_dim"], fraction=0.25)
-    common = found | {"context": reach(rope, found["context"])}
     return GPTConfig(
-        **common,
+        **turning(found, rope),
         norm="layer",
         norm_eps=positive(config, "layer_norm_eps", 1e-5),
         residual="parallel_shared" if switch(config, "use_parallel_residual", False) else "sequential",
-        ropes=(rope,) * found["layers"],
         activation=activation(config, "hidden_act", "silu"),
         qkv_bias=switch(config, "use_qkv_bias", False),
         tied=switch(config, "tie_word_embeddings", False),

@@ -5,7 +5,7 @@ from typing import Any
 from sftcli.model.families import Family
 from sftcli.model.families.config import activation, positive, sizes, switch, windows
 from sftcli.model.families.llama import ATTENTION, NORMS, OUTSIDE
-from sftcli.model.families.ropes import reach, read_rope
+from sftcli.model.families.ropes import read_rope, turning
 from sftcli.model.gpt import GPTConfig
 
 
@@ -13,12 +13,10 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     found = sizes(config, context=4096, kv_heads=2)
     rope = read_rope(config, found["head_dim"])
     biased = switch(config, "use_bias", True)
-    common = found | {"context": reach(rope, found["context"])}
     return GPTConfig(
-        **common,
+        **turning(found, rope),
         norm="layer",
         norm_eps=positive(config, "norm_epsilon", 1e-5),
-        ropes=(rope,) * found["layers"],
         windows=windows(config, ["sliding_attention"] * found["layers"]),
         gated=False,
         activation=activation(config, "hidden_act", "gelu_pytorch_tanh"),
