@@ -16,6 +16,7 @@ from sftcli.model.gpt import GPT
 from sftcli.model.tensorfile import WEIGHTS, write_tensors
 from sftcli.model.training import Engine
 from sftcli.recipe import Init
+from sftcli.rowfile import write_rows
 from sftcli.rows import FORMAT, Row
 from sftcli.stages.init import init
 
@@ -104,6 +105,24 @@ def make_rows(lengths: Sequence[int], prompt: int = 1, seed: int = 0, **columns:
 
 def tokenizer_hash(folder: Path) -> str:
     return fingerprint((folder / "tokenizer.json").read_bytes())
+
+
+END = 2  # <|im_end|> of the tiny tokenizer
+
+
+def write_turns(base: Path, path: Path, lengths: Sequence[int]) -> str:
+    """A file of rows that end with a trained end-of-turn token, for the model folder `base`."""
+    hashed = tokenizer_hash(base)
+    rows = make_rows(lengths, prompt=3, seed=1)
+    ended = (make_row([*r.input_ids, END], [*r.labels, END], r.id, tokenizer=hashed) for r in rows)
+    write_rows(path, ended)
+    return str(path)
+
+
+def metrics(run: str | Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock measured."""
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in timed} for line in read_jsonl(Path(run, "metrics.jsonl"))]
 
 
 def write_jsonl(path: Path, lines: Sequence[Any]) -> str:

@@ -13,19 +13,19 @@ import safetensors.torch
 import torch
 from model_fixtures import (
     CPU,
+    END,
     PRESETS,
     assert_equal_gradients,
     empty_folder,
     gradients,
-    make_row,
     make_rows,
+    metrics,
     model_folder,
     model_of,
     random_ids,
-    read_jsonl,
     row_logits,
-    tokenizer_hash,
     write_jsonl,
+    write_turns,
 )
 from torch import nn
 
@@ -42,12 +42,11 @@ from sftcli.model.memory import estimate
 from sftcli.model.training import Plan, accumulate, train_steps
 from sftcli.recipe import AdamW, Lora, Muon, Train
 from sftcli.recipefile import apply_settings, load_recipe, parse
-from sftcli.rowfile import RowFile, write_rows
+from sftcli.rowfile import RowFile
 from sftcli.stages.train import train
 from sftcli.stages.training_job import make_job
 from sftcli.text.folder import load_codec
 
-END = 2  # <|im_end|> of the tiny tokenizer
 LENGTHS = [12, 7, 20, 9, 15, 5, 11, 18, 6]
 EVERYTHING = Lora(rank=4, bias="all", dora=True, modules_to_save=["lm_head"])
 IDS = random_ids(17, 3)
@@ -65,13 +64,7 @@ def base(tmp_path):
 
 @pytest.fixture
 def rows(tmp_path, base):
-    hashed = {"tokenizer": tokenizer_hash(base)}
-    found = [
-        make_row([*row.input_ids, END], [*row.labels, END], row.id, **hashed)
-        for row in make_rows(LENGTHS, prompt=3, seed=1)
-    ]
-    write_rows(tmp_path / "rows.safetensors", iter(found))
-    return str(tmp_path / "rows.safetensors")
+    return write_turns(base, tmp_path / "rows.safetensors", LENGTHS)
 
 
 def adapted(path, options):
@@ -331,11 +324,6 @@ def test_lora_plus_gives_b_a_multiple_of_the_learning_rate(base, kind):
 
 def tensors(run):
     return safetensors.torch.load_file(Path(run, "adapter", ADAPTER_WEIGHTS))
-
-
-def metrics(run):
-    timed = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in timed} for line in read_jsonl(Path(run, "metrics.jsonl"))]
 
 
 def test_run_leaves_an_adapter_and_the_base_as_it_was(base, rows, tmp_path):

@@ -1,7 +1,6 @@
 """Prefix and prompt tuning: vectors, PEFT's logits both ways, `sft train` with it, and decoding where positions begin at P."""
 
 import json
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,13 +13,13 @@ from model_fixtures import (
     gradients,
     make_row,
     make_rows,
+    metrics,
     model_folder,
     model_of,
     random_ids,
-    read_jsonl,
     row_logits,
-    tokenizer_hash,
     write_jsonl,
+    write_turns,
 )
 
 from sftcli import artifacts, console, recipe
@@ -37,10 +36,8 @@ from sftcli.model.memory import estimate
 from sftcli.model.training import accumulate
 from sftcli.recipe import Generate, Lora, Prefix, Train
 from sftcli.recipefile import apply_settings, parse
-from sftcli.rowfile import write_rows
 from sftcli.stages.train import train
 
-END = 2  # <|im_end|> of the tiny tokenizer
 IDS = ids_of()
 P = 5
 PROMPTS = [{"prompt": "Name a river.", "id": "a"}, {"prompt": "How many?", "id": "b"}]
@@ -346,29 +343,14 @@ def base(tmp_path):
     return model_folder(tmp_path / "base", "llama", layers=2)
 
 
-def write_rows_for(base, path, lengths=LENGTHS):
-    hashed = {"tokenizer": tokenizer_hash(base)}
-    found = [
-        make_row([*row.input_ids, END], [*row.labels, END], row.id, **hashed)
-        for row in make_rows(lengths, prompt=3, seed=1)
-    ]
-    write_rows(path, iter(found))
-    return str(path)
-
-
 @pytest.fixture
 def rows(base, tmp_path):
-    return write_rows_for(base, tmp_path / "rows.safetensors")
+    return write_turns(base, tmp_path / "rows.safetensors", LENGTHS)
 
 
 def options_of(*settings):
     given = ["adapter.kind=prefix", f"adapter.length={P}", "batch_rows=3", "epochs=2", "optimizer.lr=3e-2"]
     return parse(Train, apply_settings({}, [*given, "sample_rows=0", *settings]), section="train")
-
-
-def metrics(run):
-    timed = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in timed} for line in read_jsonl(Path(run, "metrics.jsonl"))]
 
 
 @pytest.mark.parametrize("mlp", [None, 16])
@@ -486,8 +468,8 @@ def test_prefix_is_the_saved_one_bit_for_bit_when_the_model_computes_in_bfloat16
 
 
 def test_context_is_shorter_by_the_prefix(base, tmp_path):
-    fits = write_rows_for(base, tmp_path / "fits.safetensors", [64 - P - 1])
-    long = write_rows_for(base, tmp_path / "long.safetensors", [64 - P])
+    fits = write_turns(base, tmp_path / "fits.safetensors", [64 - P - 1])
+    long = write_turns(base, tmp_path / "long.safetensors", [64 - P])
     once = ("max_steps=1", "batch_rows=1")
     assert train(options_of(*once), fits, str(base), str(tmp_path / "run")).steps == 1
     with pytest.raises(DataError, match="has 60 tokens, the model's context is 59"):
@@ -636,7 +618,7 @@ def test_show_batch_counts_positions_from_the_prefix_on(sft, run, tmp_path):
 def test_evaluate_chat_and_show_know_a_prefix_run(sft, run, base, rows, tmp_path):
     scores = [sft("evaluate", rows, "-m", path).rows[0]["loss"] for path in (run, base)]
     assert scores[0] < scores[1] - 0.3
-    long = write_rows_for(base, tmp_path / "long.safetensors", [64 - P])
+    long = write_turns(base, tmp_path / "long.safetensors", [64 - P])
     assert "context is 59" in sft("evaluate", long, "-m", run).err and sft("evaluate", long, "-m", base).code == 0
     asked = write_jsonl(tmp_path / "q.jsonl", PROMPTS[:1])
     answer = sft("generate", asked, "-m", run, "--max-new-tokens", 6).rows[0]["completion"]

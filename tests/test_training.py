@@ -16,16 +16,18 @@ import safetensors.torch
 import torch
 from model_fixtures import (
     CPU,
+    END,
     empty_folder,
     make_row,
     make_rows,
+    metrics,
     model_folder,
     model_of,
     random_ids,
     read_jsonl,
     save_weights,
-    tokenizer_hash,
     write_jsonl,
+    write_turns,
 )
 
 from sftcli import artifacts
@@ -42,7 +44,6 @@ from sftcli.rowfile import RowFile, write_rows
 from sftcli.stages import train as stage
 from sftcli.stages.train import train
 
-END = 2  # <|im_end|> of the tiny tokenizer
 LENGTHS = [12, 7, 20, 9, 15, 5, 11, 18, 6, 13, 8, 10]
 
 
@@ -60,12 +61,7 @@ def base(tmp_path):
 @pytest.fixture
 def rows(tmp_path, base):
     """Twelve rows that end with a trained end-of-turn token."""
-    hashed = {"tokenizer": tokenizer_hash(base)}
-    found = [
-        make_row([*row.input_ids, END], [*row.labels, END], row.id, **hashed)
-        for row in make_rows(LENGTHS, prompt=3, seed=1)
-    ]
-    return save_rows(tmp_path / "rows.safetensors", found)
+    return write_turns(base, tmp_path / "rows.safetensors", LENGTHS)
 
 
 def save_rows(path, rows):
@@ -79,14 +75,6 @@ def weights(run):
 
 def same_weights(a, b):
     return all(torch.equal(value, b[name]) for name, value in a.items()) and set(a) == set(b)
-
-
-def metrics(run):
-    """metrics.jsonl without what a clock measured."""
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
-        for line in read_jsonl(Path(run, "metrics.jsonl"))
-    ]
 
 
 # ---- what a run leaves behind
