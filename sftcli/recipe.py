@@ -33,11 +33,12 @@ def _kind(value: Any) -> Any:
 
 
 def _controls(value: Any) -> Any:
-    """`glm` means the control tokens of blank infilling."""
-    return list(GLM_CONTROLS) if value == "glm" else _listed(value)
+    """`glm` means the control tokens of blank infilling, `bert` those of masked LM."""
+    return list(OBJECTIVE_CONTROLS[value]) if value in ("glm", "bert") else _listed(value)
 
 
 GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
+OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": ("[CLS]", "[SEP]", "[MASK]")}
 Controls = Annotated[list[str], BeforeValidator(_controls)]
 Files = Annotated[list[str], BeforeValidator(_listed)]
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
@@ -55,7 +56,7 @@ class Init(Options):
     vocab_size: Positive = 1024
     template: str = "chatml"
     template_text: str | None = None
-    controls: Controls = []  # control tokens beside the template's; `glm`: those of blank infilling
+    controls: Controls = []  # control tokens beside the template's; `glm`, `bert`: those of an objective
     columns: Columns = {}
     layers: Positive = 6
     heads: Positive = 6
@@ -147,13 +148,29 @@ class BlankInfilling(Options):
         return self
 
 
+class MaskedLM(Options):
+    """BERT's: tokens are hidden and told from all others; and whether the second half of a row follows its first."""
+
+    kind: Literal["bert"] = "bert"
+    nsp: bool = True  # pairs of sentences; False: pieces of the text, no second loss
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15  # the share of a row that is chosen ...
+    max_predictions: Positive = 20  # ... and the most tokens of it
+    short: Share = 0.1  # how often a pair is made shorter than it may be
+    copies: Positive = 1  # of each document, drawn anew
+    seed: Seed = 0
+    mask_positions: Numbers = []  # of each row, instead of drawn ones; all of them become [MASK]
+    mask: Count | None = None  # ids; None: the tokenizer's [MASK],
+    cls: Count | None = None  # [CLS]
+    sep: Count | None = None  # and [SEP]
+
+
 def _objective(value: Any) -> Any:
     """Options without a kind are those of the causal objective."""
     value = _kind(value)
     return {"kind": "causal"} | value if isinstance(value, dict) else value
 
 
-Objective = Annotated[Causal | BlankInfilling, Field(discriminator="kind"), BeforeValidator(_objective)]
+Objective = Annotated[Causal | BlankInfilling | MaskedLM, Field(discriminator="kind"), BeforeValidator(_objective)]
 
 
 class Mask(Options):

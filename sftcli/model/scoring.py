@@ -15,17 +15,19 @@ WINDOW_TOKENS = 1 << 16  # rows sorted by length within a window of this many to
 
 @dataclass
 class RowScore:
-    """One row's scored tokens, in order: nll in nats, weight, and whether the label was the most likely token."""
+    """One row's scored tokens, in order: nll in nats, weight, and whether the label was the most likely token; of a row
+    with a next-sentence label, nll and whether it was right."""
 
     row: Row
     nll: list[float]
     weights: list[float]
     correct: list[bool]
+    pair: tuple[float, bool] | None = None
 
 
 @dataclass
 class Totals:
-    """Sums over rows; `loss` is per unit of weight."""
+    """Sums over rows; `loss` is per unit of weight, and that of next sentences per row is added to it."""
 
     rows: int = 0
     tokens: int = 0
@@ -33,6 +35,9 @@ class Totals:
     nll: float = 0.0
     weighted: float = 0.0
     correct: int = 0
+    pairs: int = 0
+    pair_nll: float = 0.0
+    pairs_correct: int = 0
 
     def add(self, score: RowScore) -> None:
         self.rows += 1
@@ -41,10 +46,26 @@ class Totals:
         self.nll += sum(score.nll)
         self.weighted += sum(n * w for n, w in zip(score.nll, score.weights, strict=True))
         self.correct += sum(score.correct)
+        if score.pair:
+            self.pairs += 1
+            self.pair_nll += score.pair[0]
+            self.pairs_correct += score.pair[1]
+
+    @property
+    def token_loss(self) -> float:
+        return self.weighted / self.weight if self.weight else 0.0
 
     @property
     def loss(self) -> float:
-        return self.weighted / self.weight if self.weight else 0.0
+        return self.token_loss + (self.pair_nll / self.pairs if self.pairs else 0.0)
+
+    @property
+    def of_pairs(self) -> dict[str, float]:
+        """The two losses, and how often the next sentence was told; nothing where no row has a label for it."""
+        if not self.pairs:
+            return {}
+        nsp = {"nsp": self.pair_nll / self.pairs, "nsp_accuracy": self.pairs_correct / self.pairs}
+        return {"mlm": self.token_loss} | nsp
 
     @property
     def accuracy(self) -> float:
@@ -71,11 +92,16 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
     for part in micro_batches(rows, micro_batch_tokens):
         batch = make_batch(part).to(engine.device)
         with engine.autocast():
-            (loss,) = model(batch).values()
+            losses = model(batch)
+        loss = next(iter(losses.values()))
         counts = batch.scored_per_row
         columns = (loss.nll, batch.weights, loss.correct)
         for row, nll, weights, correct in zip(batch.rows, *(c.cpu().split(counts) for c in columns), strict=True):
             found[id(row)] = RowScore(row, nll.tolist(), weights.tolist(), [bool(c) for c in correct.tolist()])
+        if "nsp" in losses:
+            both = zip(losses["nsp"].nll.tolist(), losses["nsp"].correct.tolist(), strict=True)
+            for row, (nll, right) in zip(batch.rows, both, strict=True):
+                found[id(row)].pair = (nll, bool(right))
     return [found[id(row)] for row in rows]
 
 

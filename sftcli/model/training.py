@@ -26,7 +26,8 @@ from sftcli.rows import Row
 class Report:
     """One optimizer step. `loss` is per unit of weight (nan: it has none and was skipped); `tokens` are no padding.
 
-    `loss` is what was minimised; by role, source and turn it is the plain nll (breakdown.py).
+    `loss` is what was minimised, `losses` its parts where it has several; by role, source and turn it is the plain nll
+    (breakdown.py).
     """
 
     step: int  # from 1
@@ -39,6 +40,7 @@ class Report:
     seconds: float
     accuracy: float
     entropy: float
+    losses: dict[str, float]
     loss_by_role: dict[str, float]
     loss_by_source: dict[str, float]
     loss_by_turn: dict[str, float]
@@ -137,6 +139,7 @@ class StepSums:
     trained: int
     correct: float
     entropy: float
+    losses: dict[str, float]  # by name, where there are several
     by_role: dict[str, float]
     by_source: dict[str, float]
     by_turn: dict[str, float]
@@ -154,6 +157,7 @@ class StepSums:
             seconds=seconds,
             accuracy=self.correct / scored,
             entropy=self.entropy / scored,
+            losses=self.losses,
             loss_by_role=self.by_role,
             loss_by_source=self.by_source,
             loss_by_turn=self.by_turn,
@@ -173,7 +177,7 @@ def accumulate(
     Each loss of the model has a weight of its own; the first is that of the tokens. `draw`: seed and step of the noise.
     """
     weights = weights_by_loss(rows, options.reduction)
-    logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy: read once, at the end
+    logged = torch.zeros(2 + len(weights), device=engine.device)  # correct, entropy, losses: read once, at the end
     tokens = trained = 0
     scored: list[tuple[Batch, Tensor]] = []
     for part in micro_batches(rows, micro_batch_tokens):
@@ -181,15 +185,19 @@ def accumulate(
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with engine.autocast():
             losses = model(batch, options, None if noise is None else noise.to(engine.device))
-        loss = torch.stack([found.total / max(weights[name], 1e-30) for name, found in losses.items()]).sum()
-        loss.backward()
+        parts = torch.stack([found.total / max(weights[name], 1e-30) for name, found in losses.items()])
+        parts.sum().backward()
         of_tokens = next(iter(losses.values()))
-        logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
+        counted = torch.stack([of_tokens.correct.sum(), of_tokens.entropy.sum()])
+        logged += torch.cat([counted, parts.detach()])
         scored.append((batch, of_tokens.nll))
         tokens += len(batch.ids)
         trained += len(batch.scored)
-    total, right, spread = logged.tolist()
-    return StepSums(total, sum(weights.values()), tokens, trained, right, spread, *losses_by_part(scored))
+    right, spread, *values = logged.tolist()
+    by_name = dict(zip(weights, values, strict=True)) if len(values) > 1 else {}
+    return StepSums(
+        sum(values), sum(weights.values()), tokens, trained, right, spread, by_name, *losses_by_part(scored)
+    )
 
 
 def clip(model: GPT, limit: float) -> float:
