@@ -34,8 +34,8 @@ class Batch:
     weights: Tensor  # (N,) float32
     rows: list[Row]  # in the batch's order
     scored_per_row: list[int]
-    starts: Tensor  # (rows,) where in T each begins
-    pairs: Tensor | None  # (rows,) next-sentence labels; None: these rows have none
+    starts: Tensor  # (pairs,) where in T the rows begin that have a next-sentence label
+    pairs: Tensor | None  # (pairs,) those labels; None: no row has one
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; copies do not wait for it."""
@@ -76,7 +76,7 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
             own.append(weight)
         weights += reduced(row, own, reduction)
         counts.append(len(scored) - before)
-        starts.append(base)
+        starts += [base] if row.next_sentence_label is not None else []
         ids += row.input_ids
         positions += row.position_ids or range(len(row.input_ids))
         blocks += row.block_position_ids or [0] * len(row.input_ids)
@@ -93,13 +93,13 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
         rows=ordered,
         scored_per_row=counts,
         starts=torch.tensor(starts, dtype=torch.long),
-        pairs=torch.tensor([row.next_sentence_label for row in ordered]) if in_pairs(ordered) else None,
+        pairs=torch.tensor([row.next_sentence_label for row in in_pairs(ordered)]) if starts else None,
     )
 
 
-def in_pairs(rows: Sequence[Row]) -> bool:
-    """Whether rows have next-sentence labels; those of a run have them all or none."""
-    return bool(rows) and rows[0].next_sentence_label is not None
+def in_pairs(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a next-sentence label; in a run they are all or none."""
+    return [row for row in rows if row.next_sentence_label is not None]
 
 
 def aligned(row: Row) -> Iterator[tuple[int, int, float]]:
@@ -142,7 +142,8 @@ def weight_of(rows: Sequence[Row], reduction: str = "token") -> float:
 def weights_by_loss(rows: Sequence[Row], reduction: str) -> dict[str, float]:
     """What a step divides each loss of the model by, by its name: known before the first forward."""
     tokens = weight_of(rows, reduction)
-    return {"mlm": tokens, "nsp": float(len(rows))} if in_pairs(rows) else {"nll": tokens}
+    pairs = float(len(in_pairs(rows)))
+    return {"mlm": tokens, "nsp": pairs} if pairs else {"nll": tokens}
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:

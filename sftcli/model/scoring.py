@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sftcli.model.batches import make_batch, micro_batches
+from sftcli.model.batches import in_pairs, make_batch, micro_batches
 from sftcli.model.gpt import GPT
 from sftcli.model.training import Engine
 from sftcli.rows import Row
@@ -100,8 +100,8 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
             found[id(row)] = RowScore(row, nll.tolist(), weights.tolist(), [bool(c) for c in correct.tolist()])
         if "nsp" in losses:
             both = zip(losses["nsp"].nll.tolist(), losses["nsp"].correct.tolist(), strict=True)
-            for row, (nll, right) in zip(batch.rows, both, strict=True):
-                found[id(row)].pair = (nll, bool(right))
+            for row, (value, right) in zip(in_pairs(batch.rows), both, strict=True):
+                found[id(row)].pair = (value, bool(right))
     return [found[id(row)] for row in rows]
 
 

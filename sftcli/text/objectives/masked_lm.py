@@ -94,8 +94,10 @@ def _stripped(sentence: Sentence, codec: Codec) -> Sentence:
 @lru_cache(maxsize=4)
 def _ends(codec: Codec) -> Callable[[int], bool]:
     """Whether a token ends a sentence."""
-    a, b = codec.tokenizer.encode_batch(["a\nb", "a b"], add_special_tokens=False)
-    ends = SENTENCE_ENDS if a.ids == b.ids else frozenset("\n")
+    ends = SENTENCE_ENDS
+    if not codec.words_only:
+        line, space = codec.tokenizer.encode_batch(["a\nb", "a b"], add_special_tokens=False)
+        ends = SENTENCE_ENDS if line.ids == space.ids else frozenset("\n")
     return lru_cache(maxsize=None)(lambda token: not ends.isdisjoint(codec.token_text(token)))
 
 
@@ -325,5 +327,5 @@ class Cloze:
 
 def cloze_of(codec: Codec) -> Cloze:
     """Raises UsageError where the tokenizer lacks BERT's control tokens."""
-    (space,) = codec.tokenizer.encode_batch([" "], add_special_tokens=False)
-    return Cloze(marks_of(MaskedLM(), codec), codec.specials.get("mask_token", NAMES["mask"]), space.ids)
+    space = [] if codec.words_only else codec.tokenizer.encode(" ", add_special_tokens=False).ids
+    return Cloze(marks_of(MaskedLM(), codec), codec.specials.get("mask_token", NAMES["mask"]), space)
