@@ -86,7 +86,7 @@ def init(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Add --template and its control tokens to this model instead.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="llama or gpt2.")] = None,
+    preset: Annotated[str | None, typer.Option(help="llama, gpt2 or bert.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE.")] = None,
     template: Template = None,
     template_text: TemplateText = None,

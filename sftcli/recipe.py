@@ -38,7 +38,8 @@ def _controls(value: Any) -> Any:
 
 
 GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
-OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": ("[CLS]", "[SEP]", "[MASK]")}
+MASKED_LM_CONTROLS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": tuple(MASKED_LM_CONTROLS.values())}
 Controls = Annotated[list[str], BeforeValidator(_controls)]
 Files = Annotated[list[str], BeforeValidator(_listed)]
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
@@ -51,7 +52,7 @@ class Init(Options):
     """A tokenizer and an empty GPT, from data."""
 
     data: Files = []
-    preset: Literal["llama", "gpt2"] = "llama"
+    preset: Literal["llama", "gpt2", "bert"] = "llama"
     tokenizer: Literal["bpe", "whitespace"] = "bpe"
     vocab_size: Positive = 1024
     template: str = "chatml"
@@ -62,7 +63,7 @@ class Init(Options):
     heads: Positive = 6
     kv_heads: Positive | None = None  # None: as many as heads
     width: Positive = 192
-    mlp_width: Positive | None = None  # None: 8/3 of the width (llama), 4 times the width (gpt2)
+    mlp_width: Positive | None = None  # None: 8/3 of the width (llama), 4 times the width (gpt2, bert)
     context: Positive = 512
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     tied: bool = True  # one matrix for embedding and head
@@ -73,8 +74,10 @@ class Init(Options):
             raise ValueError(f"width {self.width} must be heads {self.heads} times an even number")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
-        if self.preset == "gpt2" and self.kv_heads not in (None, self.heads):
-            raise ValueError("gpt2 has as many kv_heads as heads")
+        if self.preset != "llama" and self.kv_heads not in (None, self.heads):
+            raise ValueError(f"{self.preset} has as many kv_heads as heads")
+        if self.preset == "bert" and not self.tied:
+            raise ValueError("bert's embedding is its head, too: tied cannot be false")
         return self
 
 

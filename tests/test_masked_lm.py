@@ -333,7 +333,7 @@ def test_control_tokens_come_from_the_tokenizer_or_are_asked_for(sft, lines, bas
     nowhere = sft("mask", data, "--objective", "bert")
     assert nowhere.code == 2 and "the tokenizer of these documents is not known here" in nowhere.err
     lacking = sft("mask", data, "--objective", "bert", "-m", base)
-    assert lacking.code == 2 and "[MASK], which the tokenizer lacks" in lacking.err and "controls=bert" in lacking.err
+    assert lacking.code == 2 and "[CLS], which the tokenizer lacks" in lacking.err and "controls=bert" in lacking.err
 
 
 def test_a_document_of_control_tokens_is_dropped_and_counted(sft, lines, words):

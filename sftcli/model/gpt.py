@@ -329,12 +329,15 @@ class GPT(nn.Module):
                 module.p = p
 
     def initialise(self, seed: int) -> None:
-        """Draw weights: N(0, 0.02), the layers that write into the residual stream 1/sqrt(2 L) of it (GPT-2)."""
+        """Draw weights: N(0, 0.02), the layers that write into the residual stream 1/sqrt(2 L) of it (GPT-2). Where each
+        sum is normed nothing grows with the layers, and a narrow model needs more (BERT's 0.02 are for a width of 768)."""
         generator = torch.Generator().manual_seed(seed)
-        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        normed = self.config.placement == "sum"
+        plain = 0.02 * math.sqrt(768 / self.config.width) if normed else 0.02
+        residual = plain if normed else plain / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                std = residual if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02
+                std = residual if name.endswith(("attention.o.weight", "mlp.down.weight")) else plain
                 nn.init.normal_(parameter, std=std, generator=generator)
             else:
                 one = 0.0 if self.config.norm == "rms_plus_one" else 1.0

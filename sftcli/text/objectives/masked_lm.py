@@ -15,7 +15,7 @@ from itertools import chain, islice, pairwise
 from typing import Protocol, TypeVar
 
 from sftcli.errors import DataError, UsageError
-from sftcli.recipe import MaskedLM
+from sftcli.recipe import MASKED_LM_CONTROLS, MaskedLM
 from sftcli.rows import FORMAT, IGNORE, Document, Row
 from sftcli.text.objectives.blank_infilling import SENTENCE_ENDS, opened
 from sftcli.text.objectives.causal import NothingTrained
@@ -27,7 +27,6 @@ LEAST = 5  # [CLS] a [SEP] b [SEP]
 POOL = 256  # documents that random second halves come from
 TO_MASK, TO_ANY = 0.8, 0.1  # of the chosen tokens; the others stay
 IS_NEXT, RANDOM = 0, 1  # next_sentence_label
-NAMES = {"mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]"}
 
 Sentence = list[int]
 
@@ -44,7 +43,7 @@ class Marks:
 def marks_of(options: MaskedLM, codec: Codec | None) -> Marks:
     """The ids of the options, else the tokenizer's control tokens of BERT's names. Raises UsageError."""
     found: dict[str, int] = {}
-    for option, text in NAMES.items():
+    for option, text in MASKED_LM_CONTROLS.items():
         given = getattr(options, option)
         text = codec.specials.get(f"{option}_token", text) if codec else text
         if given is None and (codec is None or text not in codec.added):
@@ -328,4 +327,4 @@ class Cloze:
 def cloze_of(codec: Codec) -> Cloze:
     """Raises UsageError where the tokenizer lacks BERT's control tokens."""
     space = [] if codec.words_only else codec.tokenizer.encode(" ", add_special_tokens=False).ids
-    return Cloze(marks_of(MaskedLM(), codec), codec.specials.get("mask_token", NAMES["mask"]), space)
+    return Cloze(marks_of(MaskedLM(), codec), codec.specials.get("mask_token", MASKED_LM_CONTROLS["mask"]), space)
