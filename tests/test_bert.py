@@ -111,6 +111,18 @@ def test_bt_4_logits_and_loss_equal_transformers_on_padded_rows(transformers, na
     assert float(ours_loss.detach()) == pytest.approx(float(loss), abs=2e-6)
 
 
+def test_bt_4_weights_as_they_are_drawn_give_the_same_logits_to_a_millionth(transformers, tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**SHAPE)).eval()
+    theirs.save_pretrained(tmp_path / "m")
+    logits, following, loss = their_outputs(theirs, ROWS[:2])
+    mine, ours_following, ours_loss, _ = our_outputs(model_of(tmp_path / "m"), ROWS[:2][::-1])
+    for number, row in enumerate(ROWS[:2]):
+        torch.testing.assert_close(mine[row.id], logits[number, : len(row.input_ids)], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours_following, following.flip(0), atol=1e-7, rtol=0)
+    assert float(ours_loss.detach()) == pytest.approx(float(loss), abs=1e-6)
+
+
 def test_gradients_equal_transformers(transformers):
     path, theirs = built("bert")
     _, _, loss = their_outputs(theirs, ROWS[:1])

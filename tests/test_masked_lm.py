@@ -312,7 +312,7 @@ def test_pairs_need_a_second_document(sft, lines, words):
 @pytest.mark.parametrize(
     "flags, code, told",
     [
-        (("--train-on", "all"), 2, "objective bert has no train_on all"),
+        (("--train-on", "last"), 2, "objective bert has no train_on last"),
         (("--level", "sentence"), 2, "objective.level: unknown key"),
         (("--set", "objective.rate=1.5"), 2, "objective.rate"),
         (("--max-length", "4"), 2, "too short for masked LM"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_lines
+from conftest import ROOT, write_lines
 from model_fixtures import (
     CPU,
     PRESETS,
@@ -433,3 +433,14 @@ def test_prompts_that_cannot_be_filled_are_named(work, sft, lines):
     assert long.rows[0]["completion_ids"] == [] and long.rows[0]["finish_reason"] == "length"
     chat = sft("chat", work / "run", stdin=b"hi\n")
     assert chat.code == 2 and "does not chat" in chat.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_recipe_tells_words_and_next_sentences_that_an_untrained_model_does_not(sft, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = sft("run", "recipes/bert.yaml", "-o", tmp_path / "run", "--set", "train.epochs=2")
+    assert done.code == 0, done.err
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert lines[0]["accuracy"] < 0.2  # tokens that stay as they are
+    assert lines[-1]["eval_accuracy"] > 0.7 and lines[-1]["eval_nsp_accuracy"] > 0.65

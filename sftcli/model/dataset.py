@@ -8,7 +8,7 @@ from torch import Tensor
 from sftcli.errors import DataError, UsageError
 from sftcli.model.batches import shuffled, weight_of
 from sftcli.model.gpt import TOKEN_TYPES, GPTConfig
-from sftcli.rowfile import RowFile, is_row_file
+from sftcli.rowfile import NONE, RowFile, is_row_file
 from sftcli.rows import IGNORE, Row, read_rows_jsonl
 
 POSITIONS = {"position_ids", "block_position_ids"}
@@ -55,9 +55,10 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
         if (found := outside.nonzero()).numel():
             i = int((offsets <= int(found[0])).sum()) - 1
             raise DataError(f"row {rows[i].id!r} (number {i + 1}): {_off(config)}", where, f"$.{name}")
-    if "token_type_ids" in rows.columns or "next_sentence_label" in rows.columns:
-        for row in rows:
-            check_halves(row, config, where)
+    for name, least, most in (("token_type_ids", 0, types_of(config) - 1), ("next_sentence_label", NONE, 1)):
+        if name in rows.columns and bool(((values := column(rows, name)) < least).any() or (values > most).any()):
+            for row in rows:  # one of them
+                check_halves(row, config, where)
     if not any(weight_of([row]) for row in rows):
         raise DataError("no token of any row is trained", where)
 
@@ -66,9 +67,14 @@ def _off(config: GPTConfig) -> str:
     return f"a position outside of the model's context of {config.context}"
 
 
+def types_of(config: GPTConfig) -> int:
+    """How many token types there are, or will be once the model is trained on rows that have them."""
+    return config.token_types or TOKEN_TYPES
+
+
 def check_halves(row: Row, config: GPTConfig, where: str) -> None:
     """Raise DataError for token types or a next-sentence label that there are not."""
-    types = config.token_types or TOKEN_TYPES
+    types = types_of(config)
     if outside := [value for value in row.token_type_ids or () if not 0 <= value < types]:
         raise DataError(f"row {row.id!r} has token type {outside[0]} of {types}", where, "$.token_type_ids")
     if row.next_sentence_label not in (None, 0, 1):

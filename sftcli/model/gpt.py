@@ -329,8 +329,9 @@ class GPT(nn.Module):
                 module.p = p
 
     def initialise(self, seed: int) -> None:
-        """Draw weights: N(0, 0.02), the layers that write into the residual stream 1/sqrt(2 L) of it (GPT-2). Where each
-        sum is normed nothing grows with the layers, and a narrow model needs more (BERT's 0.02 are for a width of 768)."""
+        """Draw weights: N(0, 0.02), the layers that write into the residual stream 1/sqrt(2 L) of it (GPT-2).
+
+        Where each sum is normed nothing grows with the layers, and 0.02 are for BERT's width of 768."""
         generator = torch.Generator().manual_seed(seed)
         normed = self.config.placement == "sum"
         plain = 0.02 * math.sqrt(768 / self.config.width) if normed else 0.02

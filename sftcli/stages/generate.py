@@ -132,7 +132,11 @@ def _filler(options: Generate, folder: ModelFolder, codec: Codec) -> Filling | N
         raise UsageError(f"{folder.path} did not learn to fill blanks", hint=hint)
     if not (learned if options.fill is None else options.fill):
         return None
-    return filler_of(codec) if folder.config.block_positions else cloze_of(codec)
+    if folder.config.block_positions:
+        return filler_of(codec)
+    if options.stop:
+        raise UsageError(f"{folder.path} fills masks, each with one token: no --stop")
+    return cloze_of(codec)
 
 
 def _words_of(model: str, options: Generate) -> str:

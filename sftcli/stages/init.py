@@ -84,7 +84,7 @@ def _tokenizer_config(options: Init, specials: dict[str, str]) -> dict[str, obje
 
 
 def mlp_width(options: Init) -> int:
-    """llama: 8/3 of the width, rounded up to 64 (with its gate three matrices are as dear as two of 4); others: 4 times."""
+    """llama: 8/3 of the width, rounded up to 64 (its gate makes three matrices as dear as two of 4); else 4 times."""
     if options.mlp_width:
         return options.mlp_width
     return -(-options.width * 8 // 3 // 64) * 64 if options.preset == "llama" else 4 * options.width

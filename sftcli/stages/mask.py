@@ -102,7 +102,8 @@ def _refuse(options: Mask, to_columns: bool) -> None:
     defaults = {name: field.default for name, field in type(options).model_fields.items()}
     if other := {name for name in defaults if getattr(options, name) != defaults[name]} - allowed - {"format"}:
         raise UsageError(f"objective {kind} chooses its own tokens: no {', '.join(sorted(other))}")
-    for name, usable in (("format", ("rows",)), ("train_on", ("own", "last")), ("too_long", ("drop", "error"))):
+    turns = ("own", "last") if isinstance(options.objective, BlankInfilling) else ("own",)
+    for name, usable in (("format", ("rows",)), ("train_on", turns), ("too_long", ("drop", "error"))):
         if getattr(options, name) not in usable:
             raise UsageError(f"objective {kind} has no {name} {getattr(options, name)}", hint=" or ".join(usable))
 

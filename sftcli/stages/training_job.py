@@ -24,12 +24,12 @@ from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.batches import weight_of
 from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, add_masked_lm, load_model
-from sftcli.model.dataset import fitting_rows, split, trained_stops
+from sftcli.model.dataset import column, fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.mixture import Input, input_of, parts_of
 from sftcli.model.training import Engine, Plan, Report, choose_engine
 from sftcli.recipe import Lora, Prefix, Prompt, Train
-from sftcli.rowfile import RowFile, is_row_file, write_rows
+from sftcli.rowfile import NONE, RowFile, is_row_file, write_rows
 from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
 
@@ -179,7 +179,7 @@ def _add_tables(options: Train, folder: ModelFolder, rows: RowFile, where: str) 
         add_block_positions(folder)
     if "token_type_ids" in rows.columns:
         pairs = "next_sentence_label" in rows.columns
-        if pairs and any(row.next_sentence_label is None for row in rows):
+        if pairs and bool((column(rows, "next_sentence_label") == NONE).any()):
             raise UsageError(f"{where}: rows with and without next-sentence labels", hint="train one kind at a time")
         add_masked_lm(folder, pairs)
     if options.adapter and folder.config != before:
