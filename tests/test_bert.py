@@ -287,3 +287,26 @@ def test_a_bert_folder_is_trained_further_and_fills_masks_as_transformers_does(t
     _, told = transformers.BertForPreTraining.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not any(told.values())
     assert not (tmp_path / "run" / "model" / EXTRA).exists()
+
+
+def test_a_bert_from_nothing_is_one_for_transformers(transformers, sft, lines, tmp_path):
+    data = lines(*({"text": f"{word} is here.\nIt was {word}."} for word in ("one", "two", "three", "four")))
+    sizes = [f"--set={size}" for size in ("layers=2", "heads=2", "width=16", "context=40")]
+    made = sft("init", data, "-o", tmp_path / "base", "--preset", "bert", "--vocab-size", 300, *sizes)
+    assert made.code == 0, made.err
+    count = sum(p.numel() for p in load_model(open_folder(tmp_path / "base")).parameters())
+    assert f"bert, {count:,} parameters" in made.err
+    tokens = sft("tokenize", data, "-m", tmp_path / "base").out
+    assert (
+        sft("mask", "--objective", "bert", "-o", tmp_path / "rows.jsonl", "-m", tmp_path / "base", stdin=tokens).code
+        == 0
+    )
+    run = sft("train", tmp_path / "rows.jsonl", "-m", tmp_path / "base", "-o", tmp_path / "run", "--max-steps", 1)
+    assert run.code == 0, run.err
+    folder = tmp_path / "run" / "model"
+    theirs, told = transformers.AutoModelForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()) and type(theirs).__name__ == "BertForPreTraining"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.mask_token, tokenizer.cls_token, tokenizer.sep_token) == ("[MASK]", "[CLS]", "[SEP]")
+    refused = sft("init", data, "-o", tmp_path / "x", "--preset", "bert", "--set", "tied=false")
+    assert refused.code == 2 and "its head, too" in refused.err
