@@ -62,24 +62,30 @@ def marks_of(options: MaskedLM, codec: Codec | None) -> Marks:
 # ---- sentences
 
 
+@lru_cache(maxsize=4)
+def _controls(codec: Codec | None) -> frozenset[int]:
+    """Control tokens, which are never masked; what stands for unknown characters ([UNK]) is text."""
+    unknown = codec.added.get(codec.json["model"].get("unk_token")) if codec else None
+    return frozenset(codec.special_ids - {unknown}) if codec else frozenset()
+
+
 def text_of(document: Document, codec: Codec | None) -> tuple[int, int]:
     """Where the text of a document lies: without the control tokens at its ends."""
-    controls: set[int] = codec.special_ids if codec else set()
-    inside = [t for t, token in enumerate(document.input_ids) if token not in controls]
+    inside = [t for t, token in enumerate(document.input_ids) if token not in _controls(codec)]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def sentences_of(document: Document, codec: Codec | None) -> list[Sentence]:
     """The lines of a document; where the tokenizer keeps no line ends (BERT's own), what ends with one of . ? ! and the
     like. Segments and control tokens end a sentence, too; the latter belong to none, nor do blank tokens at its end."""
-    ids, (start, end) = document.input_ids, text_of(document, codec)
+    ids, (start, end), controls = document.input_ids, text_of(document, codec), _controls(codec)
     cuts = {start, end} | {s.start for s in document.segments if start < s.start < end}
     if codec:
-        cuts |= {t + 1 for t in range(start, end) if _ends(codec)(ids[t]) or ids[t] in codec.special_ids}
-        cuts |= {t for t in range(start, end) if ids[t] in codec.special_ids}
+        cuts |= {t + 1 for t in range(start, end) if _ends(codec)(ids[t]) or ids[t] in controls}
+        cuts |= {t for t in range(start, end) if ids[t] in controls}
     found = [ids[a:b] for a, b in pairwise(sorted(cuts))]
     if codec:
-        found = [_stripped(sentence, codec) for sentence in found if sentence[0] not in codec.special_ids]
+        found = [_stripped(sentence, codec) for sentence in found if sentence[0] not in controls]
     return [sentence for sentence in found if sentence]
 
 
@@ -271,7 +277,7 @@ def _chosen(
     ids: Sequence[int], options: MaskedLM, marks: Marks, codec: Codec | None, stream: random.Random
 ) -> list[int]:
     """The positions that the options name, else drawn ones: never a control token's."""
-    never = {marks.cls, marks.sep} | (codec.special_ids if codec else set())
+    never = {marks.cls, marks.sep} | _controls(codec)
     for place in options.mask_positions:
         if place >= len(ids) or ids[place] in never:
             told = f"of {len(ids)}" if place >= len(ids) else "is that of a control token"
