@@ -80,8 +80,8 @@ def out_of_memory(lengths: Sequence[int], limit: int, device: torch.device) -> O
     tokens = max(max(lengths), min(limit, sum(lengths)))  # of its largest forward
     fewer = f"micro_batch_tokens={tokens // 2}, " if tokens > max(lengths) else ""
     return OutOfMemory(
-        f"out of memory: {len(lengths):,} row(s), forwards of up to {tokens:,} tokens, the longest row {max(lengths):,}; "
-        f"peak {peak_bytes(device):,} bytes",
+        f"out of memory: {len(lengths):,} row(s), forwards of up to {tokens:,} tokens, the longest row "
+        f"{max(lengths):,}; peak {peak_bytes(device):,} bytes",
         hint=f"--set {fewer}gradient_checkpointing=true, dtype=bfloat16, or shorter rows (sft mask --max-length)",
     )
 
