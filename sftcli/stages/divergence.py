@@ -55,7 +55,7 @@ class Spikes:
             return
         if len(self.losses) == REMEMBERED:
             mean = math.fsum(self.losses) / REMEMBERED
-            sigma = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self.losses) / REMEMBERED)
+            sigma = math.dist(self.losses, [mean] * REMEMBERED) / math.sqrt(REMEMBERED)
             high = report.loss - mean > SIGMAS * sigma
             if high and not self.high:
                 console.warn(
