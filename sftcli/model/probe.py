@@ -29,7 +29,7 @@ from sftcli.model.training import Engine, Plan, accumulate
 from sftcli.recipe import Train
 from sftcli.rows import Row
 
-AMPLE = 2  # free memory, as a multiple of the count of what is needed, from which nothing is tried
+AMPLE = 1.5  # free memory, as a multiple of the count of what is needed, from which nothing is tried
 CGROUPS = (  # limit, account, and the account's line of what cannot be given back
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "rss"),
