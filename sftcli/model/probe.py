@@ -1,8 +1,8 @@
 """Whether the steps of a run fit in memory, tried before the first: its longest forwards, whose gradients are dropped.
 
 Where a forward does not fit, micro_batch_tokens is halved; a step stays what it was. A CPU has no error to wait for
-(the kernel kills), so there the question is what is free: far more than a count of what is needed, and nothing is
-tried; less, and it counts as tried; in between the growth of the process decides.
+(the kernel kills), so there the question is what is free: well above a count of what is needed, nothing is tried;
+below it, it does not fit; in between the growth of the process decides.
 """
 
 import gc

@@ -4,7 +4,7 @@ import math
 from collections import deque
 
 from sftcli import console
-from sftcli.artifacts import METRICS, json_line
+from sftcli.artifacts import METRICS, atomic_file, json_line
 from sftcli.errors import Exit, SftError
 from sftcli.model.training import Report
 from sftcli.rows import encode_row
@@ -19,7 +19,7 @@ def refusal(job: Job, report: Report) -> SftError | None:
     indices, _, _ = next(job.plan.from_step(report.step - 1))
     rows = [job.row(i) for i in indices]
     kept = job.run / f"diverged-step-{report.step}.jsonl"
-    with open(kept, "wb") as file:
+    with atomic_file(kept) as file:
         file.writelines(encode_row(row, {}) for row in rows)
     names = ", ".join(row.id for row in rows[:NAMED]) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
     told = f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite; rows {names}"
