@@ -176,7 +176,8 @@ def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
 def _fitted(made: Made, limit: int | None, options: Mask, summary: Summary, seen: set[bytes]) -> Made:
     """The row, no longer than it may be. Raises NothingTrained."""
     if not made.row.trained():
-        raise causal.NothingTrained("nothing trained")
+        silent = _needs_turns(options) and not options.roles and not any(s.own for s in made.document.segments)
+        raise causal.NothingTrained("no turn of the model" if silent and made.document.segments else "nothing trained")
     if too_long := limit is not None and len(made.row.input_ids) > limit:
         if options.too_long == "error":
             raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", None, "$.input_ids")
