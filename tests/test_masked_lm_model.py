@@ -215,7 +215,7 @@ def test_step_equals_the_plain_loop_over_rows_whatever_the_micro_batches(model, 
 def test_rows_without_pairs_have_one_loss(model):
     rows = [pair(8, None), pair(5, None, 1)]
     sums = accumulate(model.train(), rows, 999, CPU)
-    assert sums.losses == {} and list(model(make_batch(rows))) == ["nll"]
+    assert list(sums.losses) == list(model(make_batch(rows))) == ["nll"]
     assert model.nsp.weight.grad is None
 
 
