@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -42,11 +42,11 @@ class Report:
     seconds: float
     accuracy: float
     entropy: float
-    losses: dict[str, float]
     loss_by_role: dict[str, float]
     loss_by_source: dict[str, float]
     loss_by_turn: dict[str, float]
     finite: bool = True
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 class Plan:
