@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
+from sftcli.model.pieces import gated, rms_norm
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
 from sftcli.recipe import Loss
 
@@ -117,8 +118,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + self.offset if self.offset else self.weight
-        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
 
 
 def norm_of(config: GPTConfig, width: int) -> nn.Module:
@@ -168,7 +168,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x), self.activation))
 
 
 class Block(nn.Module):
