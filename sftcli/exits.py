@@ -16,11 +16,21 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re
 class Commands(typer.core.TyperGroup):
     """Turns the one error class into a line and an exit code."""
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # typer would make it exit code 1
+            sys.exit(141)
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_closed_streams()
         if "--traceback" in sys.argv or os.environ.get("SFT_TRACEBACK"):
             return super().main(*args, **kwargs)
         try:
-            return super().main(*args, **kwargs)
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
         except SftError as error:
             console.fail(str(error), error.hint)
             code = int(error.code)
@@ -33,5 +43,24 @@ class Commands(typer.core.TyperGroup):
             code = Exit.MEMORY
         except BrokenPipeError:
             code = 141
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _forget_output()
+        except OSError as error:  # those of files are told where they are opened
+            console.fail(f"cannot write standard output: {error.strerror or error}", None)
+            code = Exit.WRITE
+            _forget_output()
         sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """A stream that was closed (`<&-`, `>&-`) fails when it is used; its number must not become some file's."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            access = os.O_RDONLY if name == "stdout" else os.O_WRONLY
+            opened = os.open(os.devnull, access)
+            assert opened == number
+            setattr(sys, name, open(opened, mode, closefd=False))
+
+
+def _forget_output() -> None:
+    """What is left in the buffer cannot be written: Python would try it again, and complain, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "model": {"basis", "model"},
     "basis": {"basis"},
 }
-LEVELS = ["errors", "hub", "artifacts", "rows", "rowfile", "console", "recipe", "recipefile", "views"]
+LEVELS = ["errors", "hub", "lines", "artifacts", "rows", "rowfile", "console", "recipe", "recipefile", "views"]
 
 
 def name_of(path):

@@ -7,9 +7,10 @@ from typing import IO
 
 import msgspec
 
-from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, name_of, open_output, read_lines, text_folder
+from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, open_output, text_folder
 from sftcli.console import note
 from sftcli.errors import CheckpointError, DataError, UsageError
+from sftcli.lines import name_of, read_lines
 from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file
 from sftcli.text.speaker import Rendered
 from sftcli.text.store import remember
@@ -70,10 +71,10 @@ def keep_for_later(codec: Codec, template: Template | None) -> None:
 def read_lines_of(paths: Sequence[str]) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | DataError]]:
     """(file:line, line, its fields) of several JSONL inputs; a line that is not an object comes as its error."""
     for path in paths:
-        for number, line in read_lines(path):
+        for number, line, last in read_lines(path):
             where = f"{name_of(path)}:{number}"
             try:
-                yield where, line, line_fields(line, where)
+                yield where, line, line_fields(line, where, last)
             except PreviousStageFailed:
                 raise
             except DataError as error:
@@ -131,6 +132,7 @@ class Rejects:
                     {
                         "file": file,
                         "line": int(number) if number.isdigit() else None,
+                        "byte": error.byte,
                         "reason": error.reason,
                         "field": error.field,
                         "raw_b64": base64.b64encode(line).decode(),
