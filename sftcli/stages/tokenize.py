@@ -88,6 +88,7 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
     with (
         open_output(output) as out,
         Rejects(options.on_error, options.rejects) as rejects,
+        console.libraries_silenced(),
         console.live() as line,
     ):
         codec = codec_for(model, options.tokenizer)
