@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 
 LONGEST = 256 << 10  # bytes of a line
-WORDS = "the river of two answers 12 3.5 where Oslo («ça») is not what it's 中文 said, though\nI think so: yes!".split(" ")
+TEXT = "the river of two answers 12 3.5 where Oslo («ça») is not what it's 中文 said, though\nI think so: yes!"
+WORDS = TEXT.split(" ")
 
 
 def lines(size: int, seed: int = 0) -> Iterator[bytes]:

@@ -63,11 +63,11 @@ def fail(text: str, hint: str | None) -> None:
 
 @contextmanager
 def libraries_silenced() -> Iterator[None]:
-    """What libraries write to stderr by themselves (Rust's account of a panic) is not shown; what is printed here is."""
+    """What libraries write to stderr (Rust's account of a panic) is not shown; what is printed here is."""
     ours, kept = sys.stderr, os.dup(2)
     with suppress(OSError):  # of a stream without a number
         if ours.fileno() == 2:
-            sys.stderr = open(kept, "w", buffering=1, encoding=ours.encoding, errors=ours.errors, closefd=False)
+            sys.stderr = os.fdopen(kept, "w", 1, ours.encoding, ours.errors, closefd=False)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)

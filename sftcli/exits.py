@@ -58,7 +58,7 @@ def _open_closed_streams() -> None:
             access = os.O_RDONLY if name == "stdout" else os.O_WRONLY
             opened = os.open(os.devnull, access)
             assert opened == number
-            setattr(sys, name, open(opened, mode, closefd=False))
+            setattr(sys, name, os.fdopen(opened, mode, closefd=False))
 
 
 def _forget_output() -> None:

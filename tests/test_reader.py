@@ -39,7 +39,10 @@ TABLE = {
     "two surrogates in the wrong order": (b'{"z": "\\udc00\\ud800", ', "not JSON: invalid utf-16 surrogate pair"),
     "a pair of surrogates": (b'{"z": "\\ud83d\\ude42", ', None),
     "a byte that is no UTF-8": (b'{"z": "\xff", ', ":8: not UTF-8: invalid start byte"),
-    "a surrogate in bytes (CESU-8)": (b'{"z": "\xed\xa0\xbd\xed\xb9\x82", ', ":8: not UTF-8: invalid continuation byte"),
+    "a surrogate in bytes (CESU-8)": (
+        b'{"z": "\xed\xa0\xbd\xed\xb9\x82", ',
+        ":8: not UTF-8: invalid continuation byte",
+    ),
     "an overlong encoding": (b'{"z": "\xc0\xaf", ', ":8: not UTF-8: invalid start byte"),
     "a byte order mark in the middle": (b'\xef\xbb\xbf{"z": 1, ', "not JSON: "),
     "a carriage return": (b'{"z": 1,\r', None),

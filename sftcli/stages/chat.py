@@ -64,7 +64,7 @@ class Model:
         folder, adapter = open_model(path)
         if folder.config.block_positions:
             raise UsageError(f"{path} fills blanks and does not chat", hint="`sft generate` asks it")
-        self.codec = codec_for(path, None)
+        self.codec = codec_for(path, None, options.special_in_content)
         template = template_for(self.codec, path, options.template, options.template_text, options.columns)
         self.speaker = Speaker(template, self.codec.ends)
         self.engine = choose_engine(options.device, options.dtype)
