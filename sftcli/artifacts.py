@@ -97,6 +97,15 @@ def read_objects(path: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw]
         yield where, line, line_fields(line, where, last)
 
 
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=): an object that has a key twice means two things."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in found if names.count(name) > 1)!r}")
+    return found
+
+
 def read_bytes(path: Path) -> bytes:
     """Read a whole file of a model or run folder. Raises CheckpointError naming it."""
     try:

@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer.core
@@ -16,11 +18,13 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re
 class Commands(typer.core.TyperGroup):
     """Turns the one error class into a line and an exit code."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _reader():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _reader():
             return super().invoke(ctx)
-        except BrokenPipeError:  # typer would make it exit code 1
-            sys.exit(141)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_closed_streams()
@@ -49,6 +53,15 @@ class Commands(typer.core.TyperGroup):
             code = Exit.WRITE
             _forget_output()
         sys.exit(code)
+
+
+@contextmanager
+def _reader() -> Iterator[None]:
+    """A reader that went away is 141; typer would make it 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.exit(141)
 
 
 def _open_closed_streams() -> None:
