@@ -309,3 +309,19 @@ def test_a_panic_of_the_library_leaves_no_backtrace_and_is_a_rejected_row(tmp_pa
     assert result.code == 0 and [row["id"] for row in result.rows] == ["1", "3"]
     assert f"rejected: {data}:2: the tokenizer refused it: " in result.err
     assert "panicked" not in result.err and "stack backtrace" not in result.err and "RUST" not in result.err
+
+
+# ---- the whole of it
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_memory_of_the_pipe_does_not_grow_with_the_file(base):
+    """benchmarks/bounded_memory.py over five times as many lines, the longest of them of 256 KiB."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "bounded_memory.py"), "-m", str(base), "--gigabytes"]
+    peaks = []
+    for size in ("0.005", "0.025"):
+        done = subprocess.run([*script, size], capture_output=True, check=True, cwd=ROOT)
+        peaks.append(json.loads(done.stdout))
+    for name in ("tokenize_peak_bytes", "mask_peak_bytes"):
+        assert peaks[1][name] <= 400e6 and peaks[1][name] < 1.25 * peaks[0][name] + 20e6, peaks
