@@ -49,6 +49,8 @@ class Commands(typer.core.TyperGroup):
             code = 141
             _forget_output()
         except OSError as error:  # those of files are told where they are opened
+            if error.errno is None or error.filename:
+                raise
             console.fail(f"cannot write standard output: {error.strerror or error}", None)
             code = Exit.WRITE
             _forget_output()
