@@ -1,7 +1,6 @@
 """How a command ends: the one error class as a line and an exit code."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,8 @@ from typing import Any
 import typer.core
 
 from sftcli import console
-from sftcli.errors import Exit, SftError
-
-OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
+from sftcli.errors import Exit, SftError, is_out_of_memory
+from sftcli.signals import Terminated, terminating
 
 
 class Commands(typer.core.TyperGroup):
@@ -28,8 +26,12 @@ class Commands(typer.core.TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _open_closed_streams()
-        if "--traceback" in sys.argv or os.environ.get("SFT_TRACEBACK"):
-            return super().main(*args, **kwargs)
+        with terminating():
+            if "--traceback" in sys.argv or os.environ.get("SFT_TRACEBACK"):
+                return super().main(*args, **kwargs)
+            return self._told(*args, **kwargs)
+
+    def _told(self, *args: Any, **kwargs: Any) -> Any:
         try:
             try:
                 return super().main(*args, **kwargs)
@@ -40,8 +42,11 @@ class Commands(typer.core.TyperGroup):
             code = int(error.code)
         except KeyboardInterrupt:
             code = 130
-        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        except Terminated as error:
+            console.fail(str(error), None)
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             console.fail("out of memory", "fewer --set train.micro_batch_tokens, or a smaller --batch-size")
             code = Exit.MEMORY
