@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -102,7 +103,8 @@ def test_empty_input_is_no_error_for_filters_and_exit_3_for_train(sft, made, lin
 def test_every_exit_code_is_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.partition("## Exit codes")[2]
-    assert all(f"\n| {int(code)} | " in table for code in (0, *Exit)) and "| 130, 143, 141 |" in table
+    assert all(f"\n| {int(code)} | " in table for code in (0, *Exit))
+    assert all(re.search(rf"^\|.*\b{code}\b.*\|", table, re.M) for code in (130, 141, 143))
     assert "--traceback" in table
 
 
