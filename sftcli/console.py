@@ -5,7 +5,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,6 +59,24 @@ def fail(text: str, hint: str | None) -> None:
     """The last line of a failing command, and what to do about it."""
     label, second = ("\x1b[1;31merror:\x1b[0m", "\x1b[1;36mhint:\x1b[0m") if coloured() else ("error:", "hint:")
     print(f"{label} {safe(text)}" + (f"; {second} {safe(hint)}" if hint else ""), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """What libraries write to stderr (Rust's account of a panic) is not shown; what is printed here is."""
+    ours, kept = sys.stderr, os.dup(2)
+    with suppress(OSError):  # of a stream without a number
+        if ours.fileno() == 2:
+            sys.stderr = os.fdopen(kept, "w", 1, ours.encoding, ours.errors, closefd=False)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        sys.stderr = ours
+        os.close(kept)
 
 
 def coloured(stderr: bool = True) -> bool:
