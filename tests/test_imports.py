@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "model": {"basis", "model"},
     "basis": {"basis"},
 }
-LEVELS = ["errors", "hub", "artifacts", "rows", "rowfile", "console", "recipe", "recipefile", "views"]
+LEVELS = ["errors", "hub", "artifacts", "manifest", "rows", "rowfile", "console", "recipe", "recipefile", "views"]
 
 
 def name_of(path):
@@ -177,6 +177,7 @@ def test_every_command_has_help_and_an_example():
         "evaluate",
         "show",
         "check",
+        "checkpoints",
         "import",
         "export",
         "run",

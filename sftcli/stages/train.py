@@ -12,9 +12,19 @@ from typing import Any
 
 import torch
 
-from sftcli import artifacts, console
-from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint, json_line
-from sftcli.errors import SftError, UsageError
+from sftcli import artifacts, console, manifest
+from sftcli.artifacts import (
+    ADAPTER,
+    METRICS,
+    MODEL,
+    RUN,
+    SAMPLES,
+    append_lines,
+    file_fingerprint,
+    fingerprint,
+    json_line,
+)
+from sftcli.errors import CheckpointError, SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
 from sftcli.model.adapters.prefix import shortened
@@ -30,14 +40,13 @@ from sftcli.rows import IGNORE, Row
 from sftcli.stages.training_job import (
     Job,
     Outcome,
+    begin,
     blank_controls,
     compare,
     has_enough,
     make_job,
     open_rows,
-    resume_job,
     save_checkpoint,
-    start_over,
 )
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.store import recall
@@ -53,12 +62,13 @@ def train(options: Train, source: str | Sequence[str], model: str, output: str, 
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    rows, where, inputs = open_rows(source, run)
-    check_rows(rows, shortened(folder.config, options.adapter), where)
-    check_tokenizer(rows[0].tokenizer, codec.hash, where)
-    job = make_job(options, folder, run, rows, where, codec, inputs)
-    resume.remove_leftovers(run)
-    start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
+    for place in (run, run / artifacts.CHECKPOINTS):
+        artifacts.remove_leftovers(place)
+    with open_rows(source, run) as (rows, where, inputs):
+        check_rows(rows, shortened(folder.config, options.adapter), where)
+        check_tokenizer(rows[0].tokenizer, codec.hash, where)
+        job = make_job(options, folder, run, rows, where, codec, inputs)
+        start = job.outcome.steps = begin(job, resumed)
     _announce(job, where, start)
     if not has_enough(job):  # else early stopping had ended the run that is resumed
         with _stop_signals() as stopped:
@@ -70,7 +80,7 @@ def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
     """Refuse output folders whose content would be lost."""
     if folder.path.resolve() == (run / MODEL).resolve():
         raise UsageError(f"{run} holds the model to start from, which its new one would replace", hint="another -o")
-    if not resumed and resume.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
+    if not resumed and manifest.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
         )
@@ -140,7 +150,8 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
         job.lr,
         start,
     )
-    with open(job.run / METRICS, "ab") as metrics, console.live() as line:
+    append_lines(job.run / METRICS)  # a log of no step is a log, too
+    with console.live() as line:
         for report, epoch_ends in reports:
             outcome.add(report)
             step = report.step
@@ -149,8 +160,7 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
             if job.eval_rows and (step % every == 0 or last):
                 evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
                 outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
-            metrics.write(json_line(_metrics(report, evaluation)))
-            metrics.flush()
+            append_lines(job.run / METRICS, _metrics(report, evaluation))
             if _samples_due(options, step, evaluation, last):
                 _answer_samples(job, step)
             line.show(_progress(job, report, begin, start), step / job.plan.steps)
@@ -209,7 +219,7 @@ def _answer_samples(job: Job, step: int) -> None:
     options = Generate(max_new_tokens=job.options.sample_tokens)
     stops = job.stops or stop_ids(job.folder.path)
     answers = in_order(generate(job.model, [prompt for prompt, _ in asked], options, stops))
-    with open(job.run / SAMPLES, "ab") as file, job.engine.autocast():
+    with job.engine.autocast():
         for (prompt, reference), answer in zip(asked, answers, strict=True):
             sample = {
                 "step": step,
@@ -219,7 +229,7 @@ def _answer_samples(job: Job, step: int) -> None:
                 "reference": job.codec.decode(reference),
                 "finish_reason": answer.finish_reason,
             }
-            file.write(json_line(sample))
+            append_lines(job.run / SAMPLES, sample)
 
 
 def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
@@ -236,7 +246,7 @@ def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
 def _finish(job: Job, base: str) -> Outcome:
     """Write the model folder or the adapter: the last weights, or the best ones under early stopping."""
     if job.options.patience and job.best and job.best[1] != job.outcome.steps:
-        resume.load_weights(resume.folder_of(job.run, job.best[1]), job.model)
+        _load_best(job, job.best[1])
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
     outcome, written = job.outcome, _save(job, base)
@@ -253,6 +263,13 @@ def _finish(job: Job, base: str) -> Outcome:
         f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome
+
+
+def _load_best(job: Job, step: int) -> None:
+    folder = manifest.folder_of(job.run, step)
+    if damage := manifest.damage_of(folder):
+        raise CheckpointError(damage, hint="it held the best weights; the last ones are in the newest checkpoint")
+    resume.load_weights(folder, job.model)
 
 
 def _save(job: Job, base: str) -> list[Path]:

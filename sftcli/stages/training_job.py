@@ -3,10 +3,12 @@
 import math
 import os
 import platform
+import secrets
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ import torch
 from torch.optim import Optimizer
 
 import sftcli
-from sftcli import artifacts, console
+from sftcli import artifacts, console, manifest
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint
-from sftcli.errors import DataError, UsageError
+from sftcli.errors import CheckpointError, DataError, Exit, SftError, UsageError
 from sftcli.model import optim, resume
 from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import shortened
@@ -35,7 +37,9 @@ from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
 BLANK = 0.05  # of the usual distance from the mean embedding
-STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER, artifacts.CHECKPOINTS)  # what a new training run replaces
+STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER)  # what a new training run replaces
+ARRIVING = f".tmp-{artifacts.ROWS}"  # rows that are collected, until it is clear that they are this run's
+FREE_TO_CHANGE = {"save_dtype", "shard_size", "keep", "checkpoint_every"}  # options that no step depends on
 
 
 @dataclass
@@ -79,27 +83,37 @@ class Job:
     codec: Codec
     stops: list[int]
     settings: dict[str, Any]
+    id: str = ""  # of the run: its checkpoints carry it
     best: tuple[float, int] | None = None  # eval loss, step
     since_best: int = 0
     outcome: Outcome = field(default_factory=Outcome)
 
 
-def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, list[tuple[Input, int]]]:
+@contextmanager
+def open_rows(source: str | Sequence[str], run: Path) -> Iterator[tuple[RowFile, str, list[tuple[Input, int]]]]:
     """(the rows as a random-access file, where they are from, the number of rows of every input).
 
-    JSON lines (a pipe, say) and several inputs are first collected into the run folder, one behind the other."""
+    JSON lines (a pipe, say) and several inputs are first collected in the run folder, one behind the other; they
+    replace what was collected there before only when `keep_rows` says so."""
     inputs = [input_of(text) for text in ([source] if isinstance(source, str) else source)]
     if len(inputs) == 1 and is_row_file(inputs[0].path):
         file = RowFile(inputs[0].path)
-        return file, inputs[0].path, [(inputs[0], len(file))]
-    collected = run / artifacts.ROWS
+        yield file, inputs[0].path, [(inputs[0], len(file))]
+        return
+    try:
+        yield _collected(inputs, run)
+    finally:
+        (run / ARRIVING).unlink(missing_ok=True)
+
+
+def _collected(inputs: list[Input], run: Path) -> tuple[RowFile, str, list[tuple[Input, int]]]:
     counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
     templates: set[str | None] = set()
 
     def arriving() -> Iterator[Row]:
         for i, item in enumerate(inputs):
-            if Path(item.path).resolve() == collected.resolve():
+            if Path(item.path).resolve() == (run / artifacts.ROWS).resolve():
                 raise UsageError(f"{item.path} is where the rows of this run are collected", hint="another -o")
             for where, row in _rows_of(item.path):
                 tokenizers.add(row.tokenizer)
@@ -109,13 +123,13 @@ def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, lis
                 counts[i] += 1
                 yield row
 
-    total = write_rows(collected, arriving())
+    total = write_rows(run / ARRIVING, arriving())
     console.note(f"train: received {total:,} rows")
     if len(templates - {None}) > 1:
         found = ", ".join(sorted(filter(None, templates)))
         console.warn(f"train: rows of several templates ({found}): the model folder gets that of the first row")
     where = ", ".join(artifacts.name_of(item.path) for item in inputs)
-    return RowFile(collected), where, list(zip(inputs, counts, strict=True))
+    return RowFile(run / ARRIVING), where, list(zip(inputs, counts, strict=True))
 
 
 def _rows_of(path: str) -> Iterator[tuple[str, Row]]:
@@ -164,7 +178,7 @@ def make_job(
         codec=codec,
         stops=trained_stops(rows, codec.special_ids),
         settings={
-            "options": options.model_dump(mode="json", exclude={"save_dtype", "shard_size"}),
+            "options": options.model_dump(mode="json", exclude=FREE_TO_CHANGE),
             "rows": file_fingerprint(rows.path),
             "weights": [[item.share, item.rows, count] for item, count in inputs] if parts else None,
             "eval_data": _file_identity(options.eval_data),
@@ -172,6 +186,7 @@ def make_job(
             "threads": torch.get_num_threads(),
             "device": str(engine.device),
             "dtype": str(engine.dtype),
+            "torch": str(torch.__version__),
         },
     )
 
@@ -233,13 +248,30 @@ def blank_controls(job: Job) -> list[int]:
     return [i for i in controls if float((weight[i].float() - mean).norm()) < BLANK * float(usual)]
 
 
-def start_over(job: Job) -> int:
+def begin(job: Job, resumed: bool) -> int:
+    """Start a run over or go on with it, once nothing speaks against it; returns the steps that are done."""
+    recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
+    folder = _newest_whole(job, recorded.get("id")) if resumed else None
+    _check_room(job, 1 if folder else 2)
+    step = _go_on(job, folder) if folder else _start_over(job, recorded.get("id"), resumed)
+    if Path(job.rows.path) == job.run / ARRIVING:
+        os.replace(job.rows.path, job.run / artifacts.ROWS)
+        job.rows.path = str(job.run / artifacts.ROWS)
+    return step
+
+
+def _start_over(job: Job, before: str | None, resumed: bool) -> int:
+    """Remove what the run before (its id is `before`) has left, its results last: killed, it can be started again."""
+    if resumed:
+        console.note("train: no checkpoint to resume from, starting at step 0")
+    if before:
+        manifest.forget(job.run, before)
     for name in STALE_AFTER:
-        path = job.run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        artifacts.discard(job.run / name)
+    job.id = secrets.token_hex(6)
     facts = {
+        "id": job.id,
         "sftcli": sftcli.__version__,
-        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -250,28 +282,59 @@ def start_over(job: Job) -> int:
     return 0
 
 
-def resume_job(job: Job) -> int:
-    """Go on from the newest checkpoint: same data and settings, metrics cut back to its step."""
-    found = resume.checkpoints(job.run)
-    if not found:
-        console.note("train: no checkpoint to resume from, starting at step 0")
-        return start_over(job)
-    facts = resume.load(found[-1], job.model, job.optimizers)
-    for name, now in job.settings.items():
-        before = facts["settings"].get(name)
-        if before == now:
-            continue
-        if name in ("threads", "device", "dtype"):
-            console.warn(f"train: {name} was {before}, is {now}: the run goes on, but not bit for bit")
-        else:
-            raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
+def _check_room(job: Job, copies: int) -> None:
+    """Raise SftError (exit 6) where the disk cannot take a new checkpoint beside the one before it."""
+    need, free = copies * resume.bytes_of(job.model, job.optimizers), shutil.disk_usage(job.run).free
+    if free < need:
+        told = f"{job.run}: checkpoints need {need:,} bytes, {free:,} are free"
+        raise SftError(told, Exit.WRITE, hint="make room, or an -o on another disk")
+
+
+def _newest_whole(job: Job, own: str | None) -> Path | None:
+    """The newest checkpoint of this run that is whole; None where there is none at all. Raises CheckpointError."""
+    owned = [(folder, manifest.owner_of(folder)) for folder in reversed(manifest.checkpoints(job.run))]
+    own = own or next((owner for _, owner in owned if owner), None)  # run.json may be gone
+    folders = [folder for folder, owner in owned if owner in (own, None)]
+    damage = None
+    for folder in folders:
+        if damage:
+            console.warn(f"train: {damage}; going back to {folder.name}")
+        damage = manifest.damage_of(folder)
+        if not damage:
+            job.id = own or ""
+            return folder
+    if damage:
+        raise CheckpointError(f"{damage}; no checkpoint is whole", hint="start a new run with another -o")
+    return None
+
+
+def _go_on(job: Job, folder: Path) -> int:
+    """From a checkpoint: same data and settings, metrics cut back to its step."""
+    facts = resume.load(folder, job.model, job.optimizers)
+    _compare_settings(job, facts["settings"])
     step = int(facts["step"])
     job.best = tuple(facts["best"]) if facts.get("best") else None
     job.since_best = int(facts.get("since_best", 0))
     for name in (METRICS, SAMPLES):
         _cut_back(job.run / name, step)
+    manifest.rotate(folder, job.id, job.options.keep, _best_step(job))  # it may have been killed before that
     console.note(f"train: resuming after step {step}")
     return step
+
+
+def _compare_settings(job: Job, before: dict[str, Any]) -> None:
+    """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run."""
+    options = resume.known_options(before["options"])
+    before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
+    changed = []
+    for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
+        if name in ("threads", "device", "dtype", "torch"):
+            console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
+        else:
+            option = name.removeprefix("options.")
+            changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
+    if changed:
+        raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint="start a new run with another -o")
 
 
 def _cut_back(path: Path, step: int) -> None:
@@ -301,8 +364,15 @@ def has_enough(job: Job) -> bool:
     return job.options.patience is not None and job.since_best >= job.options.patience
 
 
+def _best_step(job: Job) -> int | None:
+    """The step whose checkpoint is kept for the end of a run with patience."""
+    return job.best[1] if job.best and job.options.patience else None
+
+
 def save_checkpoint(job: Job, step: int) -> None:
     facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
-    if job.best and job.options.patience:
-        facts["best_step"] = job.best[1]
-    resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep)
+    for name in (METRICS, SAMPLES):  # or after a power cut the checkpoint could be ahead of its log
+        if (job.run / name).is_file():
+            artifacts.to_disk(job.run / name)
+    tensors = resume.tensors_of(job.model, job.optimizers)
+    resume.save(job.run, job.id, step, tensors, facts, job.options.keep, _best_step(job))
