@@ -21,6 +21,7 @@ from sftcli.hub import local
 ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; the next stage refuses it
 MAX_LINE_BYTES = 8 * 1024 * 1024
 CHUNK = 1 << 20
+LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves half-written and half-deleted
 
 TOKENS, ROWS, RECIPE, RUN = "tokens.jsonl", "rows.safetensors", "recipe.yaml", "run.json"
 BASE, MODEL, ADAPTER, CHECKPOINTS = "base", "model", "adapter", "checkpoints"
@@ -212,9 +213,10 @@ def _delete(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a killed process left half-written or half-deleted."""
-    for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        _delete(path)
+    """Remove what a killed process has left."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(LEFTOVERS):
+            _delete(path)
 
 
 def cannot_write(path: str | Path, error: OSError) -> SftError:
@@ -272,7 +274,7 @@ def make_folder(path: str | Path, belongs: Iterable[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in folder.iterdir()}
+        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(LEFTOVERS)}
     except OSError as error:
         raise cannot_write(folder, error) from None
     if names and not names & set(belongs):

@@ -113,16 +113,16 @@ def test_runs_that_are_killed_fifteen_times_end_equal_to_the_byte(command, tmp_p
     ends_equal(command, case, tmp_path, 15)
 
 
-def dies_at_forward(count, command):
-    """Run the command until its forward number `count` (from 1), which finds itself killed."""
+def dies_after(step, forwards, command, run):
+    """Run the command until `step` steps are logged and `forwards` more forwards begun; the last one finds it killed."""
     from sftcli.model import training
 
     real, calls = training.make_batch, 0
 
     def batch(*given):
         nonlocal calls
-        calls += 1
-        if calls == count:
+        calls += (run / "metrics.jsonl").read_bytes().count(b"\n") == step
+        if calls == forwards:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*given)
 
@@ -131,17 +131,16 @@ def dies_at_forward(count, command):
 
 
 def test_killed_twice_in_an_epoch_between_two_forwards_and_where_an_epoch_ends(command, tmp_path):
-    """Three steps an epoch, each of two to four forwards; a checkpoint every second step."""
+    """An epoch is three steps, each of two forwards and more; every second step has a checkpoint."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     expected = finished(command("full", whole), whole)
-    reached = []
-    for forwards in (5, 9, 9, 30):
-        process = Forked(lambda: dies_at_forward(forwards, command("full", run, "--resume")))  # noqa: B023
-        assert process.wait()[0] == -signal.SIGKILL
-        reached.append(len(metrics(run)))
+    for step, forwards in ((4, 1), (5, 2), (6, 1), (11, 2)):
+        process = Forked(lambda: dies_after(step, forwards, command("full", run, "--resume"), run))  # noqa: B023
+        code, said = process.wait()
+        assert code == -signal.SIGKILL, said
+        assert len(metrics(run)) == step
     assert run_in_process(*command("full", run, "--resume")).code == 0
     assert result(run) == expected
-    print(f"killed after steps {reached}")
 
 
 @pytest.mark.slow
@@ -173,7 +172,7 @@ def test_real_processes_that_are_killed_resume_to_the_same_bytes(command, tmp_pa
     whole, run = tmp_path / "whole", tmp_path / "run"
     start = [sys.executable, "-m", "sftcli"]
     expected = finished(command("full", whole), whole)
-    for lines, number in ((3, signal.SIGKILL), (9, signal.SIGTERM), (14, signal.SIGKILL)):
+    for lines, number in ((2, signal.SIGKILL), (5, signal.SIGTERM), (8, signal.SIGKILL)):
         process = subprocess.Popen(start + command("full", run, "--resume"))
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
