@@ -22,6 +22,7 @@ def run(recipe: Recipe, output: str) -> dict[str, Any]:
     """Run every stage of the recipe into a run folder; returns the evaluation (empty if there is none)."""
     begin = time.monotonic()
     folder = artifacts.make_folder(output, NAMES)
+    artifacts.remove_leftovers(folder)
     with artifacts.atomic_file(folder / RECIPE) as file:
         file.write(dump_recipe(recipe).encode())
     model = _base(recipe, folder)

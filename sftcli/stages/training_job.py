@@ -372,7 +372,11 @@ def _best_step(job: Job) -> int | None:
 def save_checkpoint(job: Job, step: int) -> None:
     facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
     for name in (METRICS, SAMPLES):  # or after a power cut the checkpoint could be ahead of its log
-        if (job.run / name).is_file():
+        try:
             artifacts.to_disk(job.run / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise artifacts.cannot_write(job.run / name, error) from None
     tensors = resume.tensors_of(job.model, job.optimizers)
     resume.save(job.run, job.id, step, tensors, facts, job.options.keep, _best_step(job))
