@@ -193,8 +193,11 @@ def to_disk(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder, which is gone at once or not at all."""
-    _delete(_renamed_old(path))
+    """Remove a file or folder, which is gone at once or not at all. Raises SftError."""
+    try:
+        _delete(_renamed_old(path))
+    except OSError as error:
+        raise SftError(f"cannot remove {path}: {error.strerror}", Exit.WRITE) from None
 
 
 def _renamed_old(path: Path) -> Path:
@@ -206,7 +209,7 @@ def _renamed_old(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from sftcli.artifacts import CHECKPOINTS, CHUNK, atomic_file, discard, read_json
-from sftcli.errors import CheckpointError
+from sftcli.errors import CheckpointError, SftError
 
 MANIFEST, FORMAT = "manifest.json", "sft-checkpoint/1"
 LATEST = "latest"  # a file with the newest one's name, for shell scripts: resuming looks at the folders
@@ -106,7 +106,7 @@ def rotate(newest: Path, run_id: str, keep: int, best: int | None) -> None:
     up_to = [folder for folder in checkpoints(run) if step_of(folder) <= step_of(newest) and owner_of(folder) == run_id]
     for folder in up_to[:-keep]:
         if step_of(folder) != best:
-            with suppress(OSError):  # the new checkpoint is safe all the same
+            with suppress(SftError):  # the new checkpoint is safe all the same
                 discard(folder)
 
 

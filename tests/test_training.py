@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -379,30 +376,6 @@ def test_signal_in_the_last_step_lets_the_run_end(base, rows, tmp_path, monkeypa
     signal_after(monkeypatch, 8, signal.SIGTERM)
     outcome = train(options_of(), rows, str(base), str(tmp_path / "run"))
     assert outcome.sha256 == artifacts.file_fingerprint(tmp_path / "run" / "model" / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_killed_process_resumes_to_the_same_weights(base, rows, tmp_path):
-    settings = ("checkpoint_every=1", "epochs=40", "dropout=0.1")
-    expected = train(options_of(*settings), rows, str(base), str(tmp_path / "whole"))
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "sftcli", "train", rows, "-m", str(base), "-o", str(run), "--resume"]
-    for setting in ("batch_rows=3", "sample_rows=0", "optimizer.lr=3e-3", *settings):
-        command += ["--set", setting]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for lines, number in ((5, signal.SIGKILL), (40, signal.SIGTERM), (90, signal.SIGKILL)):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            log = run / "metrics.jsonl"
-            if log.is_file() and log.read_bytes().count(b"\n") >= lines:
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert artifacts.file_fingerprint(run / "model" / "model.safetensors") == expected.sha256
-    assert metrics(run) == metrics(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(base, rows, tmp_path):

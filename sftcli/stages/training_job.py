@@ -94,7 +94,7 @@ def open_rows(source: str | Sequence[str], run: Path) -> Iterator[tuple[RowFile,
     """(the rows as a random-access file, where they are from, the number of rows of every input).
 
     JSON lines (a pipe, say) and several inputs are first collected in the run folder, one behind the other; they
-    replace what was collected there before only when `keep_rows` says so."""
+    replace what was collected there before only when `begin` has nothing against it."""
     inputs = [input_of(text) for text in ([source] if isinstance(source, str) else source)]
     if len(inputs) == 1 and is_row_file(inputs[0].path):
         file = RowFile(inputs[0].path)
@@ -284,9 +284,11 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> int:
 
 def _check_room(job: Job, copies: int) -> None:
     """Raise SftError (exit 6) where the disk cannot take a new checkpoint beside the one before it."""
-    need, free = copies * resume.bytes_of(job.model, job.optimizers), shutil.disk_usage(job.run).free
+    place = job.run / artifacts.CHECKPOINTS  # maybe a link to another disk
+    place = place if place.is_dir() else job.run
+    need, free = copies * resume.bytes_of(job.model, job.optimizers), shutil.disk_usage(place).free
     if free < need:
-        told = f"{job.run}: checkpoints need {need:,} bytes, {free:,} are free"
+        told = f"{place}: checkpoints need {need:,} bytes, {free:,} are free"
         raise SftError(told, Exit.WRITE, hint="make room, or an -o on another disk")
 
 
