@@ -5,13 +5,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from sftcli import artifacts, console, signals
-from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint, json_line
-from sftcli.errors import SftError, UsageError
+from sftcli import artifacts, console, manifest, signals
+from sftcli.artifacts import (
+    ADAPTER,
+    METRICS,
+    MODEL,
+    RUN,
+    SAMPLES,
+    append_lines,
+    file_fingerprint,
+    fingerprint,
+    json_line,
+)
+from sftcli.errors import CheckpointError, SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
 from sftcli.model.adapters.prefix import shortened
@@ -26,6 +36,7 @@ from sftcli.model.training import Report, train_steps
 from sftcli.recipe import Generate, Lora, Train
 from sftcli.rows import IGNORE, Row
 from sftcli.stages.divergence import Spikes, refusal
+from sftcli.stages.resuming import begin, save_checkpoint
 from sftcli.stages.training_job import (
     Job,
     Outcome,
@@ -34,9 +45,6 @@ from sftcli.stages.training_job import (
     has_enough,
     make_job,
     open_rows,
-    resume_job,
-    save_checkpoint,
-    start_over,
 )
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.store import recall
@@ -52,12 +60,13 @@ def train(options: Train, source: str | Sequence[str], model: str, output: str, 
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    rows, where, inputs = open_rows(source, run)
-    check_rows(rows, shortened(folder.config, options.adapter), where)
-    check_tokenizer(rows[0].tokenizer, codec.hash, where)
-    job = make_job(options, folder, run, rows, where, codec, inputs)
-    resume.remove_leftovers(run)
-    start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
+    for place in (run, run / artifacts.CHECKPOINTS):
+        artifacts.remove_leftovers(place)
+    with open_rows(source, run) as (rows, where, inputs):
+        check_rows(rows, shortened(folder.config, options.adapter), where)
+        check_tokenizer(rows[0].tokenizer, codec.hash, where)
+        job = make_job(options, folder, run, rows, where, codec, inputs)
+        start = job.outcome.steps = begin(job, resumed)
     _announce(job, where, start)
     if not has_enough(job):  # else early stopping had ended the run that is resumed
         _fit(job, start)
@@ -69,7 +78,7 @@ def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
     """Refuse output folders whose content would be lost."""
     if folder.path.resolve() == (run / MODEL).resolve():
         raise UsageError(f"{run} holds the model to start from, which its new one would replace", hint="another -o")
-    if not resumed and resume.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
+    if not resumed and manifest.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
         )
@@ -120,13 +129,14 @@ def _loop(job: Job, start: int) -> None:
     """Train, and after every step: log, evaluate, answer samples, save. A signal leaves a checkpoint behind."""
     outcome, saved, begin = job.outcome, start, time.monotonic()
     pending, spikes = [job.pending] if job.pending else [], Spikes()
-    with signals.polled() as poll, open(job.run / METRICS, "ab") as metrics, console.live() as line:
+    append_lines(job.run / METRICS)  # a log of no step is a log, too
+    with signals.polled() as poll, console.live() as line:
         job.engine = replace(job.engine, poll=poll)
         steps = train_steps(job.model, job.optimizers, job.row, job.plan, job.options, job.engine, job.lr, start)
         try:
             for report, epoch_ends in chain(pending, steps):
                 job.pending = report, epoch_ends
-                _follow(job, report, metrics)
+                _follow(job, report)
                 job.pending = None
                 spikes.watch(report)
                 line.show(_progress(job, report, begin, start), report.step / job.plan.steps)
@@ -142,7 +152,7 @@ def _loop(job: Job, start: int) -> None:
     outcome.seconds = time.monotonic() - begin
 
 
-def _follow(job: Job, report: Report, metrics: IO[bytes]) -> None:
+def _follow(job: Job, report: Report) -> None:
     """What follows a step: evaluation, its line in the log, samples. Raises SftError for one that is not finite."""
     options, outcome, step = job.options, job.outcome, report.step
     outcome.add(report)
@@ -152,8 +162,7 @@ def _follow(job: Job, report: Report, metrics: IO[bytes]) -> None:
     if job.eval_rows and (step % every == 0 or last) and not refused:
         evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
         outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
-    metrics.write(json_line(_metrics(report, evaluation)))
-    metrics.flush()
+    append_lines(job.run / METRICS, _metrics(report, evaluation))
     if refused:
         raise refused
     if _samples_due(options, step, evaluation, last):
@@ -211,17 +220,16 @@ def _answer_samples(job: Job, step: int) -> None:
     rows = job.eval_rows or (job.rows[i] for i in job.train_rows)
     asked = list(islice(filter(None, map(_first_turn, rows)), job.options.sample_rows))
     answers = _answers(job, [prompt for prompt, _ in asked])
-    with open(job.run / SAMPLES, "ab") as file:
-        for (prompt, reference), answer in zip(asked, answers, strict=True):
-            sample = {
-                "step": step,
-                "id": prompt.key,
-                "prompt": job.codec.decode(prompt.ids, keep_special=True),
-                "completion": job.codec.decode(answer.ids),
-                "reference": job.codec.decode(reference),
-                "finish_reason": answer.finish_reason,
-            }
-            file.write(json_line(sample))
+    for (prompt, reference), answer in zip(asked, answers, strict=True):
+        sample = {
+            "step": step,
+            "id": prompt.key,
+            "prompt": job.codec.decode(prompt.ids, keep_special=True),
+            "completion": job.codec.decode(answer.ids),
+            "reference": job.codec.decode(reference),
+            "finish_reason": answer.finish_reason,
+        }
+        append_lines(job.run / SAMPLES, sample)
 
 
 def _answers(job: Job, prompts: list[Prompt]) -> list[Completion]:
@@ -248,7 +256,7 @@ def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
 def _finish(job: Job, base: str) -> Outcome:
     """Write the model folder or the adapter: the last weights, or the best ones under early stopping."""
     if job.options.patience and job.best and job.best[1] != job.outcome.steps:
-        resume.load_weights(resume.folder_of(job.run, job.best[1]), job.model)
+        _load_best(job, job.best[1])
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
     outcome, written = job.outcome, _save(job, base)
@@ -265,6 +273,13 @@ def _finish(job: Job, base: str) -> Outcome:
         f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome
+
+
+def _load_best(job: Job, step: int) -> None:
+    folder = manifest.folder_of(job.run, step)
+    if damage := manifest.damage_of(folder):
+        raise CheckpointError(damage, hint="it held the best weights; the last ones are in the newest checkpoint")
+    resume.load_weights(folder, job.model)
 
 
 def _save(job: Job, base: str) -> list[Path]:
