@@ -26,8 +26,9 @@ from model_fixtures import make_row, model_of, row_logits
 
 from sftcli.errors import CheckpointError
 from sftcli.model.batches import make_batch
+from sftcli.model.cache import Table, padded, positions_of, prefill
 from sftcli.model.checkpoint import load_model, open_folder, save_model, upstream_tensors
-from sftcli.model.decoding import Prompt, Table, generate, in_order, padded, positions_of, prefill
+from sftcli.model.decoding import Prompt, generate, in_order
 from sftcli.model.tensorfile import WEIGHTS, write_tensors
 from sftcli.recipe import Generate
 from sftcli.text.folder import stop_ids

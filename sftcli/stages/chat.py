@@ -13,8 +13,9 @@ from sftcli import console
 from sftcli.artifacts import atomic_file, json_line, line_fields, read_bytes, read_lines, text_folder
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model.adapters.peft import apply, open_model
+from sftcli.model.cache import Held
 from sftcli.model.checkpoint import load_trained
-from sftcli.model.decoding import Held, Token, decode
+from sftcli.model.decoding import Token, decode
 from sftcli.model.growth import Prompt
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate

@@ -14,8 +14,9 @@ from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_model, trained_on_another
 from sftcli.model.adapters.prefix_files import PrefixAdapter
+from sftcli.model.cache import padded, positions_of
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
-from sftcli.model.decoding import Completion, TextStops, generate, in_order, padded, positions_of
+from sftcli.model.decoding import Completion, TextStops, generate, in_order
 from sftcli.model.growth import Blanks, Grown, Prompt
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
