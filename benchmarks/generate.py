@@ -2,10 +2,11 @@
 
 Greedy answers of one length to the same prompts, padded on the left for transformers, both sides in turn in one
 process. Without equal tokens there is no figure; where the two best logits are closer than 1e-3 at the first
-difference, the row is counted as a tie. Tokens/s are of new tokens, prompts included in the time; the ratio is that of
-the medians, with the smallest and the largest of the single runs; memory is what a run takes beyond the loaded models.
-`--quantize int8` measures our int8 weights instead: their tokens may differ, so what they cost is printed as the
-perplexity of transformers' answers. JSON lines, and a table on stderr; transformers must be installed (extra `test`).
+difference, the row is counted as a tie. `first` is the time until all rows have their first token, `tokens_per_second`
+counts those after it; ratios are those of medians, with the smallest and the largest of single runs; memory is what a
+run takes beyond the loaded models. `--quantize int8` measures our int8 weights: their tokens may differ, so what they
+cost is printed as the perplexity of transformers' answers. JSON lines, and a table on stderr; transformers must be
+installed (extra `test`).
 """
 
 import argparse
@@ -15,12 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from sftcli.model.layout import laid_out
 
 from sftcli.artifacts import read_objects
 from sftcli.model.attention import Group, RowAttention
@@ -29,6 +29,7 @@ from sftcli.model.checkpoint import load_trained, open_folder
 from sftcli.model.decoding import generate, in_order
 from sftcli.model.gpt import GPT
 from sftcli.model.growth import Prompt
+from sftcli.model.layout import laid_out
 from sftcli.recipe import Generate
 from sftcli.stages.common import codec_for, template_for
 from sftcli.text.records import read_record, renamed
@@ -36,6 +37,7 @@ from sftcli.text.speaker import Speaker
 
 TIE = 1e-3
 Rows = list[list[int]]
+Answer = Callable[[Rows, int], Rows]  # prompts and the number of new tokens -> these
 
 
 def prompts_of(model: str, data: str, columns: dict[str, str], count: int) -> Rows:
@@ -48,7 +50,7 @@ def prompts_of(model: str, data: str, columns: dict[str, str], count: int) -> Ro
     return [found[i % len(found)][0] for i in range(count)]
 
 
-def sides_of(model: str, quantize: str | None) -> tuple[dict[str, Callable[[Rows, int], Rows]], GPT, GPT]:
+def sides_of(model: str, quantize: str | None) -> tuple[dict[str, Answer], GPT, GPT]:
     """Both ways to answer, and our model as it was loaded and as it is laid out."""
     from transformers import AutoModelForCausalLM
 
@@ -105,14 +107,35 @@ def memory(name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
-def measured(work: Callable[[], Rows]) -> tuple[Rows, float, int]:
+def measured(answer: Answer, rows: Rows, new: int) -> tuple[Rows, float, int]:
     """(answers, seconds, bytes beyond those before)."""
     clear, before = Path("/proc/self/clear_refs"), memory("VmRSS")
     if clear.exists():
         clear.write_text("5")  # VmHWM starts anew
     begin = time.perf_counter()
-    found = work()
+    found = answer(rows, new)
     return found, time.perf_counter() - begin, max(memory("VmHWM") - before, 0)
+
+
+@dataclass
+class Side:
+    """What one side did with a batch, run by run."""
+
+    answers: Rows = field(default_factory=list)
+    first: list[float] = field(default_factory=list)  # seconds until every row has its first token
+    whole: list[float] = field(default_factory=list)
+    extra: int = 0  # bytes
+
+    def take(self, counts: bool, only_first: bool, answers: Rows, seconds: float, extra: int) -> None:
+        if counts:
+            (self.first if only_first else self.whole).append(seconds)
+            self.extra = max(self.extra, extra)
+        self.answers = answers
+
+    @property
+    def decoding(self) -> list[float]:
+        """Seconds from the first token to the last."""
+        return [whole - first for whole, first in zip(self.whole, self.first, strict=True)]
 
 
 def main() -> None:
@@ -128,44 +151,44 @@ def main() -> None:
     columns = dict(pair.split("=") for pair in given.columns.split(",") if pair)
     prompts = prompts_of(given.model, given.data, columns, max(given.batch))
     sides, plain, network = sides_of(given.model, given.quantize)
-    print("batch  sft tok/s  transformers  ratio (min-max)      MB sft/transformers  ties", file=sys.stderr)
+    print("batch     tok/s  transformers  ratio (min-max)    first   MB          ", file=sys.stderr)
     for batch in given.batch:
         rows = prompts[:batch]
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        extra = dict.fromkeys(sides, 0)
-        for run in range(given.runs + 1):
-            answers = {}
-            for name, side in sides.items():
-                answers[name], spent, held = measured(lambda side=side: side(rows, given.new_tokens))  # type: ignore[misc]
-                if run:  # the first is a warm-up
-                    seconds[name].append(spent)
-                    extra[name] = max(extra[name], held)
-        report(batch, given, seconds, extra, accuracy(given, plain, network, rows, answers))
+        found = {name: Side() for name in sides}
+        for run in range(given.runs + 1):  # the first is a warm-up
+            for new in (1, given.new_tokens):
+                for name, answer in sides.items():
+                    found[name].take(run > 0, new == 1, *measured(answer, rows, new))
+        accurate = accuracy(given.quantize, plain, network, rows, {name: side.answers for name, side in found.items()})
+        report(batch, given.new_tokens, found, accurate)
 
 
-def accuracy(given: Any, plain: GPT, network: GPT, rows: Rows, answers: dict[str, Rows]) -> dict[str, float]:
-    if given.quantize is None:
+def accuracy(quantize: str | None, plain: GPT, network: GPT, rows: Rows, answers: dict[str, Rows]) -> dict[str, float]:
+    if quantize is None:
         return {"ties": ties(plain, rows, answers["sft"], answers["transformers"])}
     before, after = (perplexity(model, rows, answers["transformers"]) for model in (plain, network))
     same = sum(a == b for a, b in zip(answers["sft"], answers["transformers"], strict=True))
     return {"equal_rows": same, "perplexity": round(before, 4), "perplexity_int8": round(after, 4)}
 
 
-def report(
-    batch: int, given: Any, seconds: dict[str, list[float]], extra: dict[str, int], accurate: dict[str, float]
-) -> None:
-    medians = {name: statistics.median(spent) for name, spent in seconds.items()}
-    speeds = {name: round(batch * given.new_tokens / spent, 1) for name, spent in medians.items()}
-    pairs = [b / a for a, b in zip(seconds["sft"], seconds["transformers"], strict=True)]
-    ratio = round(medians["transformers"] / medians["sft"], 2)
-    megabytes = {name: round(held / 1e6) for name, held in extra.items()}
-    figures = {"batch": batch, "new_tokens": given.new_tokens, "tokens_per_second": speeds, "ratio": ratio}
-    spread = {"min": round(min(pairs), 2), "max": round(max(pairs), 2), "extra_mb": megabytes}
-    print(json.dumps(figures | spread | accurate), flush=True)
-    cells = (batch, speeds["sft"], speeds["transformers"], f"{ratio:.2f} ({min(pairs):.2f}-{max(pairs):.2f})")
-    held = f"{megabytes['sft']}/{megabytes['transformers']}"
-    told = " ".join(f"{key} {value}" for key, value in accurate.items())
-    print("{:5}  {:9}  {:12}  {:19}  {:19}  {}".format(*cells, held, told), file=sys.stderr)
+def report(batch: int, new: int, found: dict[str, Side], accurate: dict[str, float]) -> None:
+    ours, theirs = found["sft"], found["transformers"]
+    speeds = {name: round(batch * (new - 1) / statistics.median(side.decoding), 1) for name, side in found.items()}
+    ratios = {
+        name: statistics.median(getattr(theirs, name)) / statistics.median(getattr(ours, name))
+        for name in ("decoding", "first", "whole")
+    }
+    pairs = [b / a for a, b in zip(ours.decoding, theirs.decoding, strict=True)]
+    figures = {"batch": batch, "new_tokens": new, "tokens_per_second": speeds}
+    figures |= {"ratio": {name: round(ratio, 2) for name, ratio in ratios.items()}}
+    figures |= {"min": round(min(pairs), 2), "max": round(max(pairs), 2)}
+    figures |= {"extra_mb": {name: round(side.extra / 1e6) for name, side in found.items()}}
+    print(json.dumps(figures | accurate), flush=True)
+    spread = f"{ratios['decoding']:.2f} ({min(pairs):.2f}-{max(pairs):.2f})"
+    held = f"{ours.extra / 1e6:.0f}/{theirs.extra / 1e6:.0f}"
+    told = ", ".join(f"{key} {value}" for key, value in accurate.items())
+    row = (batch, speeds["sft"], speeds["transformers"], spread, ratios["first"], held, told)
+    print("{:5}  {:8}  {:12}  {:17}  {:5.2f}  {:10}  {}".format(*row), file=sys.stderr)
 
 
 if __name__ == "__main__":

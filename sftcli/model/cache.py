@@ -12,7 +12,6 @@ move into the places of those that left, and columns that are empty for all are 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
@@ -242,9 +241,7 @@ class Continuing:
         return torch.cat(found)
 
 
-def prefill(
-    model: GPT, table: Table, prompts: Sequence[Sequence[int] | Grown], held: Held | None = None
-) -> Tensor:
+def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int] | Grown], held: Held | None = None) -> Tensor:
     """Encode prompts (or rows under way) without padding, each in one call, and let them enter the table; returns the
     logits (B, V) of their last tokens. What all of them begin with need not be encoded where it is `held`."""
     rows = [prompt if isinstance(prompt, Grown) else Grown(prompt) for prompt in prompts]
@@ -269,7 +266,8 @@ def can_continue(model: GPT, rows: Sequence[Grown]) -> bool:
 
 def hold_beginning(model: GPT, rows: Sequence[Grown], held: Held) -> None:
     """Encode what several rows begin with once for all of them, unless that much is held already."""
-    common = min(len(commonprefix([row.ids for row in rows])), *(len(row) - 1 for row in rows))
+    first = Held(rows[0].ids)
+    common = min(first.common(row.ids) for row in rows)
     if common < WORTH_SHARING or common <= held.common(rows[0].ids) or not can_continue(model, rows):
         return
     attention = KeepingAttention([Group(1, common)])

@@ -7,7 +7,7 @@ How tokens see each other is not decided here: forward takes an `Attention` (att
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+Joined = Callable[[Tensor], Sequence[Tensor]]  # layers with one input in one product (layout.py)
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,10 @@ class SelfAttention(nn.Module):
             self.k_norm = norm_of(config, config.head_dim if self.norms_heads else keys)
         else:
             self.q_norm = self.k_norm = nn.Identity()
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor, rotary: RotaryTable | None, attention: Attention) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = self.joined(x) if self.joined else (self.q(x), self.k(x), self.v(x))
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         if not self.norms_heads:
@@ -149,11 +153,13 @@ class MLP(nn.Module):
         self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = self.joined(x) if self.joined else (self.gate(x), self.up(x))
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nn.Module):

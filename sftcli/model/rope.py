@@ -122,7 +122,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """cos and sin (..., 1, dim) in float32 for the tokens of one forward."""
+    """cos and sin (..., 1, dim) in float32 for the tokens of one forward; sin is negative for the first of each pair."""
 
     cos: Tensor
     sin: Tensor
@@ -144,19 +144,20 @@ def rotary_table(rope: Rope, positions: Tensor, lengths: Tensor | None = None) -
     else:
         frequency, amplitude = rope.scaling.frequencies(rope, lengths), rope.scaling.amplitude
     angle = positions[..., None].float() * frequency.to(positions.device)  # (..., dim / 2)
-    angle = angle.repeat_interleave(2, -1) if rope.interleaved else torch.cat([angle, angle], -1)
-    angle = angle.unsqueeze(-2)  # the same for every head
-    return RotaryTable(angle.cos() * amplitude, angle.sin() * amplitude, rope.interleaved)
+    cos, sin = ((turn * amplitude).unsqueeze(-2) for turn in (angle.cos(), angle.sin()))  # the same for every head
+    if rope.interleaved:
+        return RotaryTable(cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2), True)
+    return RotaryTable(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), False)
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate the first `dim` numbers of every head of x (..., heads, D)."""
     cos, sin = table.cos.to(x.dtype), table.sin.to(x.dtype)
-    turning, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    dim = cos.shape[-1]
+    turning = x if dim == x.shape[-1] else x[..., :dim]
     if table.interleaved:
-        turned = torch.stack([-turning[..., 1::2], turning[..., ::2]], -1).flatten(-2)
+        other = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        a, b = turning.chunk(2, -1)
-        turned = torch.cat([-b, a], -1)
-    turned = turning * cos + turned * sin
-    return torch.cat([turned, passing], -1) if passing.shape[-1] else turned
+        other = turning.roll(dim // 2, -1)
+    turned = torch.addcmul(turning * cos, other, sin)
+    return turned if turning is x else torch.cat([turned, x[..., dim:]], -1)
