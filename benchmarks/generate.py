@@ -1,4 +1,4 @@
-"""Ours beside transformers' generate: python benchmarks/generate.py MODEL DATA [--columns prompt=question] [--batch 1 8]
+"""Ours beside transformers' generate: python benchmarks/generate.py MODEL DATA [--columns prompt=question]
 
 Greedy answers of one length to the same prompts, padded on the left for transformers, both sides in turn in one
 process. Without equal tokens there is no figure; where the two best logits are closer than 1e-3 at the first

@@ -235,9 +235,9 @@ class Continuing:
         found = []
         for size, *rest in zip(self.sizes, *(t.split(self.sizes) for t in (q, k, v)), strict=True):
             whole = (torch.cat([old, new]) for old, new in zip(before, rest[1:], strict=True))  # (length, G, D)
-            rows = [t.transpose(0, 1)[None] for t in (rest[0], *whole)]  # (1, heads, size or length, D)
+            mine, keys, values = (t.transpose(0, 1)[None] for t in (rest[0], *whole))  # (1, heads, size or length, D)
             seen = self.seen(sight.window)[:size, : self.common + size]
-            found.append(attend(*rows, seen, sight)[0].transpose(0, 1))
+            found.append(attend(mine, keys, values, seen, sight)[0].transpose(0, 1))
         return torch.cat(found)
 
 

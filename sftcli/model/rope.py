@@ -122,7 +122,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """cos and sin (..., 1, dim) in float32 for the tokens of one forward; sin is negative for the first of each pair."""
+    """cos and sin (..., 1, dim) in float32 for the tokens of one forward; sin is negated for the first of each pair."""
 
     cos: Tensor
     sin: Tensor

@@ -17,6 +17,7 @@ from sftcli.model.cache import Held
 from sftcli.model.checkpoint import load_trained
 from sftcli.model.decoding import Token, decode
 from sftcli.model.growth import Prompt
+from sftcli.model.layout import laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.recipefile import parse
@@ -71,6 +72,7 @@ class Model:
         self.network = load_trained(folder, self.engine.dtype).to(self.engine.device)
         if adapter:
             apply(self.network, adapter)
+        laid_out(self.network, options.quantize)
         self.stops = stop_ids(text_folder(path)) or stop_ids(folder.path)
         config = self.network.config
         self.path, self.context, self.vocabulary = path, config.context, config.vocab_size

@@ -18,6 +18,7 @@ from sftcli.model.cache import padded, positions_of
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
 from sftcli.model.decoding import Completion, TextStops, generate, in_order
 from sftcli.model.growth import Blanks, Grown, Prompt
+from sftcli.model.layout import laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
@@ -92,6 +93,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
         for name, adapter in adapters:
             asking = deque(asked) if len(adapters) > 1 else asked
             with applied(network, adapter):
+                laid_out(network, options.quantize)
                 for done in in_order(generate(network, waiting, options, stops, _text_stops(codec, texts))):
                     out.write(_line(asking.popleft(), done, codec, texts, options, name))
                     out.flush()
@@ -109,6 +111,8 @@ def _models(options: Generate, model: str) -> tuple[ModelFolder, list[tuple[str,
         folder, own = open_model(model)
         return folder, [("", own)]
     folder = open_folder(artifacts.model_and_adapter(model)[0])
+    if options.quantize and len(options.adapter) > 1:  # an update goes into the whole numbers, for good
+        raise UsageError("--quantize takes one adapter at a time")
     found = [(name, None if name == NONE else open_adapter(name, folder)) for name in options.adapter]
     for name, adapter in found:
         if adapter and trained_on_another(adapter, folder):
