@@ -105,10 +105,11 @@ class Table:
         first = int(used[0]) if len(used) else self.width
         holes = len(used) < self.width - first  # on the right, between the prompts and what was generated later
         before = torch.arange(self._before, device=used.device)
+        there = slice(self._before + first, self._before + self.width)
         for layer, pair in enumerate(self._kept):
             for i, kept in enumerate(pair):
                 for to, slot in moves:  # a row's place is taken after it has left
-                    kept[to, :, first : self._before + self.width] = kept[slot, :, first : self._before + self.width]
+                    kept[to, :, there] = kept[slot, :, there]
                 pair[i] = kept[:, :, torch.cat([before, self._before + used])] if holes else kept[:, :, first:]
                 if self._prefix is not None and first:
                     pair[i][: len(slots), :, : self._before] = self._prefix[layer, i]

@@ -21,7 +21,7 @@ from sftcli.errors import UsageError
 from sftcli.model.adapters.lora import LoraLinear
 from sftcli.model.gpt import GPT, MLP, Joined, Linear, SelfAttention
 
-BASE = 128  # of the two digits: high and low lie within +-127 and +-64
+BASE = 128  # of the two digits: high is one of -127..127, low of 0..127
 LARGEST = 127  # of a digit, and of a weight
 MANY = 256  # rows: whole prompts, for which float products cost no more than the digits
 LEAST = 1e-30  # of a step or scale: a row of zeros stays one
@@ -65,7 +65,7 @@ class Int8Linear(nn.Module):
         """W x (T, out) of x (T, in), digit by digit."""
         step = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=LEAST) / (BASE * LARGEST)
         whole = (x / step).round_()
-        high = (whole / BASE).round_()
+        high = torch.div(whole, BASE, rounding_mode="floor")
         digits = torch.cat([high, whole.sub_(high, alpha=BASE)]).to(torch.int8)  # (2T, in)
         high, low = torch._int_mm(digits, self.weight.t()).float().chunk(2)  # (T, out)
         return torch.add(low, high, alpha=BASE).mul_(step)
