@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_fixtures import PRESETS, make_model, random_ids
+from model_fixtures import PRESETS, make_model, random_ids, row_logits
 from test_decoding import assert_equal_outputs, complete, table_for
 from test_prefix import prefixed
 
@@ -111,3 +111,15 @@ def test_a_row_that_fits_enters_and_columns_open_without_new_memory():
         for _ in range(8):
             table.open_column()
         assert table.keys[0].untyped_storage().data_ptr() == before
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_prefix_stays_before_the_columns_when_the_longest_row_leaves(preset, tmp_path):
+    model = prefixed(make_model(tmp_path / "m", preset)).eval()
+    ids, table = random_ids(4, 1), Table(model, "left")
+    with torch.no_grad():
+        prefill(model, table, [random_ids(25, 2), ids])
+        table.keep([1])
+        assert table.width == 4
+        found = model.logits(model.hidden(torch.tensor([7]), table.open_column(), table))
+    torch.testing.assert_close(found[0], row_logits(model, [*ids, 7])[-1], atol=1e-5, rtol=1e-5)
