@@ -365,6 +365,7 @@ class Generate(Options):
     seed: Seed = 0
     pad_side: Literal["left", "right"] = "left"
     deterministic: bool = False
+    quantize: Literal["int8"] | None = None  # the weights, for decoding only
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

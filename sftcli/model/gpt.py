@@ -9,7 +9,7 @@ How tokens see each other is not decided here: forward takes an `Attention` (att
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 TOKEN_TYPES = 2  # that masked LM adds: the halves of a pair
+
+Joined = Callable[[Tensor], Sequence[Tensor]]  # layers with one input in one product (layout.py)
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,12 @@ class SelfAttention(nn.Module):
             self.k_norm = norm_of(config, config.head_dim if self.norms_heads else keys)
         else:
             self.q_norm = self.k_norm = nn.Identity()
+        self.joined: Joined | None = None
 
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, attention: Attention, only: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = self.joined(x) if self.joined else (self.q(x), self.k(x), self.v(x))
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         if not self.norms_heads:
@@ -167,11 +170,13 @@ class MLP(nn.Module):
         self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(gated(self.gate(x), self.up(x), self.activation))
+        gate, up = self.joined(x) if self.joined else (self.gate(x), self.up(x))
+        return self.down(gated(gate, up, self.activation))
 
 
 class Block(nn.Module):
