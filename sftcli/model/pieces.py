@@ -95,7 +95,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: flo
     a, b = _pairs(x[..., :dim], interleaved)
     places = zip((a, b), (b, a), *(_pairs(t, interleaved) for t in (out[..., :dim], cos, sin)), strict=True)
     for own, other, place, c, s in places:
-        torch.mul(own, c, out=place).addcmul_(other, s, value=direction)
+        torch.mul(own, c, out=place).add_(other * s, alpha=direction)  # addcmul_ rounds once, others twice
     return out
 
 
