@@ -55,10 +55,8 @@ def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> in
     """Numbers that backward keeps of one token: what each layer's operations save, and the final hidden state."""
     width, inner = config.width, config.mlp_width
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = 2 * width + heads + 3 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
-    if config.ropes:
-        attention += 2 * (heads + kv)  # before rotation, halves exchanged
-    mlp = 2 * width + (4 * inner if config.gated else 2 * inner)
+    attention = 2 * width + heads + 2 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
+    mlp = 2 * width + (3 * inner if config.gated else 2 * inner)  # x, norm(x); gate, up, their product
     if gradient_checkpointing:
         return config.layers * width + attention + mlp + 4 * width
     return config.layers * (attention + mlp) + 4 * width
