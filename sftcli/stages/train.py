@@ -29,6 +29,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Completion, decode
 from sftcli.model.growth import Prompt, blanks_of_row
+from sftcli.model.memory import keep_freed_memory
 from sftcli.model.probe import fitting_tokens
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
@@ -56,6 +57,7 @@ NAMES |= {artifacts.RECIPE}
 
 def train(options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool = False) -> Outcome:
     """Run the stage. Raises SftError; an interrupted run has saved a checkpoint of its last whole step."""
+    keep_freed_memory()
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
