@@ -297,6 +297,9 @@ class Train(Options):
     seed: Seed = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    nproc: Positive = 1  # processes on this machine; under torchrun its own number
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # what each process holds: the whole model, or a share of it
+    process_timeout: Positive = 120  # seconds that processes wait for one of them before they give up
     eval_data: str | None = None
     eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     eval_every: Positive | None = None  # steps; None: ten times a run
@@ -310,9 +313,11 @@ class Train(Options):
     shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$")] = "5GB"
 
     @model_validator(mode="after")
-    def base_is_frozen(self) -> "Train":
+    def choices_fit(self) -> "Train":
         if self.base_dtype != "float32" and not self.adapter:
             raise ValueError(f"base_dtype {self.base_dtype} is for weights that an adapter leaves frozen")
+        if self.parallel == "fsdp" and isinstance(self.adapter, Prompt):
+            raise ValueError("parallel fsdp cannot train an adapter of kind prompt; ddp can")  # blocks run twice
         if self.base_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("a base in bfloat16 computes in bfloat16: dtype float32 does not fit it")
         return self

@@ -18,6 +18,7 @@ from sftcli.artifacts import CHECKPOINTS, atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import load_state_tensors, state_tensors
+from sftcli.model.processes import World, gathered, shard_of
 from sftcli.model.tensorfile import write_tensors
 
 TRAINED, STATE, OPTIMIZER = "trained.safetensors", "state.json", "optimizer.safetensors"
@@ -25,13 +26,17 @@ RNG = "rng"  # torch's CPU generator, beside the optimizer's tensors
 DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError)  # what a broken file ends in
 
 
-def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: dict[str, Any], keep: int) -> Path:
+def save(
+    run: Path, step: int, model: GPT, optimizers: list[Optimizer], facts: dict[str, Any], keep: int, world: World
+) -> Path:
     """Write checkpoints/step-N and then let go of all but the newest `keep` (and the best, if `facts` names one)."""
     folder = folder_of(run, step)
+    weights = gathered({name: p for name, p in model.named_parameters() if p.requires_grad}, world)
+    state = gathered(state_tensors(model, optimizers), world)
+    if not world.first:
+        return folder
     with atomic_folder(folder) as made:
-        weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         write_tensors(made / TRAINED, weights)
-        state = {name: value.cpu() for name, value in state_tensors(model, optimizers).items()}
         write_tensors(made / OPTIMIZER, state | {RNG: torch.get_rng_state()})
         write_json(made / STATE, {"step": step, "torch": str(torch.__version__), **facts})
     best = facts.get("best_step")
@@ -80,7 +85,7 @@ def load_weights(folder: Path, model: GPT) -> None:
             raise KeyError(min(missing))
         for name, value in found.items():
             with torch.no_grad():
-                parameters[name].copy_(value)
+                parameters[name].copy_(shard_of(value, parameters[name]))
     except DAMAGE as error:
         raise CheckpointError(f"{folder / TRAINED} is damaged: {error}") from None
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sftcli.errors import Exit, SftError, UsageError
-from sftcli.model.batches import Batch, epoch_order, make_batch, micro_batches, steps_in_run, steps_of, weights_by_loss
-from sftcli.model.breakdown import losses_by_part
+from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
+from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.gpt import GPT
 from sftcli.model.loss import PLAIN
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
 from sftcli.model.optim import lr_share, set_lr
+from sftcli.model.processes import World, whole
 from sftcli.recipe import Loss, Train
 from sftcli.rows import Row
 
@@ -74,6 +75,7 @@ class Engine:
 
     device: torch.device
     dtype: torch.dtype
+    world: World = field(default_factory=World)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -114,7 +116,8 @@ def train_steps(
         lr = peak_lr * lr_share(number, plan.steps, options.schedule)
         model.train()
         if options.dropout or (options.adapter and options.adapter.dropout):
-            torch.manual_seed((options.seed << 32) + number)  # dropout too is a function of (seed, step)
+            # dropout too is a function of (seed, step)
+            torch.manual_seed(engine.world.seed((options.seed << 32) + number))
         sums = accumulate(model, rows, options.micro_batch_tokens, engine, options.loss, (options.seed, number))
         norm = clip(model, options.clip_norm)
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
@@ -174,28 +177,35 @@ def accumulate(
     """
     weights = weights_by_loss(rows, options.reduction)
     logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy: read once, at the end
-    tokens = trained = 0
+    trained = 0
     scored: list[tuple[Batch, Tensor]] = []
-    for part in micro_batches(rows, micro_batch_tokens):
+    world = engine.world
+    parts = world.micro_batches(rows, micro_batch_tokens)
+    for number, part in enumerate(parts, 1):
         batch = make_batch(part, options.reduction).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
-        with engine.autocast():
-            losses = model(batch, options, None if noise is None else noise.to(engine.device))
-        loss = torch.stack([found.total / max(weights[name], 1e-30) for name, found in losses.items()]).sum()
-        loss.backward()
+        with world.exchanging(number == len(parts)):
+            with engine.autocast():
+                losses = world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
+            loss = torch.stack([found.total / max(weights[name], 1e-30) for name, found in losses.items()]).sum()
+            loss.backward()
         of_tokens = next(iter(losses.values()))
         logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
         scored.append((batch, of_tokens.nll))
-        tokens += len(batch.ids)
         trained += len(batch.scored)
-    total, right, spread = logged.tolist()
-    return StepSums(total, sum(weights.values()), tokens, trained, right, spread, *losses_by_part(scored))
+    by_part = sums_by_part(scored, rows)
+    counted = torch.tensor([trained], dtype=torch.float64)
+    sums = world.summed(torch.cat([logged.cpu().double(), counted, *by_part.values()]))
+    total, right, spread, scores = sums[:4].tolist()
+    means = means_by_part(dict(zip(by_part, sums[4:].view(-1, 2), strict=True)))
+    tokens = sum(len(row.input_ids) for row in rows)
+    return StepSums(total, sum(weights.values()), tokens, int(scores), right, spread, *means)
 
 
 def clip(model: GPT, limit: float) -> float:
     """The norm of all gradients before they are clipped to `limit` (0: not clipped)."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if limit:
         torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], limit, norm)
     return float(norm)

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import generate, in_order
 from sftcli.model.growth import Prompt, blanks_of_row
+from sftcli.model.processes import World, collect, is_worker, joined, together
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
@@ -47,22 +50,46 @@ NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifac
 NAMES |= {artifacts.RECIPE}
 
 
+def start(options: Train, source: Sequence[str], model: str, output: str, resumed: bool = False) -> None:
+    """Train in this process, or in `nproc` of their own."""
+    if options.nproc == 1 or is_worker():
+        train(options, source, model, output, resumed)
+        return
+    from sftcli.model.launch import launch
+
+    with NamedTemporaryFile("wb", suffix=".yaml") as recipe:
+        recipe.write(json_line({"train": options.model_dump(mode="json")}))
+        recipe.flush()
+        flags = ["--resume"] * resumed
+        talk = [flag for flag, asked in (("-q", console.QUIET), ("--traceback", "--traceback" in sys.argv)) if asked]
+        launch(options.nproc, [*talk, "train", *source, "-m", model, "-o", output, "--recipe", recipe.name, *flags])
+
+
 def train(options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool = False) -> Outcome:
     """Run the stage. Raises SftError; an interrupted run has saved a checkpoint of its last whole step."""
+    with joined(options.process_timeout) as world:
+        return _train(options, source, model, output, resumed, world)
+
+
+def _train(
+    options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool, world: World
+) -> Outcome:
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    rows, where, inputs = open_rows(source, run)
+    world.meet()  # before the first of them writes
+    rows, where, inputs = open_rows(source, run, world)
     check_rows(rows, shortened(folder.config, options.adapter), where)
     check_tokenizer(rows[0].tokenizer, codec.hash, where)
-    job = make_job(options, folder, run, rows, where, codec, inputs)
-    resume.remove_leftovers(run)
+    job = make_job(options, folder, run, rows, where, codec, inputs, world)
+    if world.first:
+        resume.remove_leftovers(run)
     start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
     _announce(job, where, start)
     if not has_enough(job):  # else early stopping had ended the run that is resumed
-        with _stop_signals() as stopped:
-            _loop(job, start, stopped)
+        with _stop_signals(world.received):
+            _loop(job, start)
     return _finish(job, model)
 
 
@@ -105,9 +132,8 @@ def _announce(job: Job, where: str, start: int) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def _stop_signals(received: list[int]) -> Iterator[None]:
     """SIGINT and SIGTERM set a flag that the loop reads after each step; a second one ends the process at once."""
-    received: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
         if received:
@@ -119,15 +145,15 @@ def _stop_signals() -> Iterator[list[int]]:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs keep theirs
             before[number] = signal.signal(number, handler)
     try:
-        yield received
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
 
 
-def _loop(job: Job, start: int, stopped: list[int]) -> None:
+def _loop(job: Job, start: int) -> None:
     """Train, and around every step: log, evaluate, answer samples, save."""
-    options, outcome = job.options, job.outcome
+    options, outcome, world = job.options, job.outcome, job.engine.world
     every = options.eval_every or max(1, job.plan.steps // 10)
     begin = time.monotonic()
     reports = train_steps(
@@ -140,7 +166,7 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
         job.lr,
         start,
     )
-    with open(job.run / METRICS, "ab") as metrics, console.live() as line:
+    with open(world.path(job.run / METRICS), "ab") as metrics, console.live() as line:
         for report, epoch_ends in reports:
             outcome.add(report)
             step = report.step
@@ -156,15 +182,15 @@ def _loop(job: Job, start: int, stopped: list[int]) -> None:
             line.show(_progress(job, report, begin, start), step / job.plan.steps)
             if evaluation:
                 compare(job, evaluation.loss, step)
-            if _checkpoint_due(job, step, epoch_ends) or last or stopped:
+            if _checkpoint_due(job, step, epoch_ends) or last or world.stop:
                 save_checkpoint(job, step)
             if has_enough(job):
                 console.note(f"train: step {step}: no better eval loss in {options.patience} evaluations, stopping")
                 break
-            if stopped and not last:
+            if world.stop and not last:
                 raise SftError(
                     f"stopped after step {step} of {job.plan.steps}; a checkpoint is saved",
-                    128 + stopped[0],
+                    128 + world.stop,
                     hint="--resume goes on",
                 )
     outcome.seconds = time.monotonic() - begin
@@ -208,8 +234,9 @@ def _answer_samples(job: Job, step: int) -> None:
     asked = list(islice(filter(None, map(_first_turn, rows)), job.options.sample_rows))
     options = Generate(max_new_tokens=job.options.sample_tokens)
     stops = job.stops or stop_ids(job.folder.path)
-    answers = in_order(generate(job.model, [prompt for prompt, _ in asked], options, stops))
-    with open(job.run / SAMPLES, "ab") as file, job.engine.autocast():
+    with together(job.model):
+        answers = list(in_order(generate(job.model, [prompt for prompt, _ in asked], options, stops)))
+    with open(job.engine.world.path(job.run / SAMPLES), "ab") as file, job.engine.autocast():
         for (prompt, reference), answer in zip(asked, answers, strict=True):
             sample = {
                 "step": step,
@@ -239,12 +266,11 @@ def _finish(job: Job, base: str) -> Outcome:
         resume.load_weights(resume.folder_of(job.run, job.best[1]), job.model)
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
-    outcome, written = job.outcome, _save(job, base)
+    world, outcome = job.engine.world, job.outcome
+    collect(job.model, world)
+    outcome.model, outcome.sha256 = world.from_first(lambda: _written(_save(job, base)))
     if outcome.skipped:
         console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
-    outcome.model = str(written[0].parent)
-    hashes = [file_fingerprint(path) for path in written]
-    outcome.sha256 = hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
     reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
     reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
@@ -253,6 +279,12 @@ def _finish(job: Job, base: str) -> Outcome:
         f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome
+
+
+def _written(files: list[Path]) -> tuple[str, str]:
+    """The folder of weights, and their hash."""
+    hashes = [file_fingerprint(path) for path in files]
+    return str(files[0].parent), hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
 
 
 def _save(job: Job, base: str) -> list[Path]:

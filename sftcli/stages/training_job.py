@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, lo
 from sftcli.model.dataset import fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.mixture import Input, input_of, parts_of
+from sftcli.model.processes import World, whole
 from sftcli.model.training import Engine, Plan, Report, choose_engine
 from sftcli.recipe import Lora, Prefix, Prompt, Train
 from sftcli.rowfile import RowFile, is_row_file, write_rows
@@ -35,6 +36,7 @@ from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
 BLANK = 0.05  # of the usual distance from the mean embedding
+HARMLESS = {"save_dtype", "shard_size", "nproc", "parallel", "process_timeout"}  # may differ when a run is resumed
 STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER, artifacts.CHECKPOINTS)  # what a new training run replaces
 
 
@@ -84,7 +86,7 @@ class Job:
     outcome: Outcome = field(default_factory=Outcome)
 
 
-def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, list[tuple[Input, int]]]:
+def open_rows(source: str | Sequence[str], run: Path, world: World) -> tuple[RowFile, str, list[tuple[Input, int]]]:
     """(the rows as a random-access file, where they are from, the number of rows of every input).
 
     JSON lines (a pipe, say) and several inputs are first collected into the run folder, one behind the other."""
@@ -93,6 +95,13 @@ def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, lis
         file = RowFile(inputs[0].path)
         return file, inputs[0].path, [(inputs[0], len(file))]
     collected = run / artifacts.ROWS
+    counts = world.from_first(lambda: _collect(inputs, collected))
+    where = ", ".join(artifacts.name_of(item.path) for item in inputs)
+    return RowFile(collected), where, list(zip(inputs, counts, strict=True))
+
+
+def _collect(inputs: Sequence[Input], collected: Path) -> list[int]:
+    """Write the rows of all inputs into one file; returns how many each of them has."""
     counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
     templates: set[str | None] = set()
@@ -114,8 +123,7 @@ def open_rows(source: str | Sequence[str], run: Path) -> tuple[RowFile, str, lis
     if len(templates - {None}) > 1:
         found = ", ".join(sorted(filter(None, templates)))
         console.warn(f"train: rows of several templates ({found}): the model folder gets that of the first row")
-    where = ", ".join(artifacts.name_of(item.path) for item in inputs)
-    return RowFile(collected), where, list(zip(inputs, counts, strict=True))
+    return counts
 
 
 def _rows_of(path: str) -> Iterator[tuple[str, Row]]:
@@ -132,6 +140,7 @@ def make_job(
     where: str,
     codec: Codec,
     inputs: Sequence[tuple[Input, int]] = (),
+    world: World | None = None,
 ) -> Job:
     """`inputs`: what the rows were collected from, where they do not all count once."""
     inputs = inputs or [(Input(where), len(rows))]
@@ -142,8 +151,9 @@ def make_job(
         add_block_positions(folder)
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
-    engine = _engine(options)
-    model = _model(options, folder).to(engine.device)
+    engine = _engine(options, world or World())
+    model = _model(options, folder)
+    engine.world.place(model, engine.device, options.parallel)
     model.gradient_checkpointing = options.gradient_checkpointing
     lengths = rows.lengths()
     parts = parts_of(rows, train_rows, inputs, options.mix)
@@ -164,7 +174,7 @@ def make_job(
         codec=codec,
         stops=trained_stops(rows, codec.special_ids),
         settings={
-            "options": options.model_dump(mode="json", exclude={"save_dtype", "shard_size"}),
+            "options": options.model_dump(mode="json", exclude=HARMLESS),
             "rows": file_fingerprint(rows.path),
             "weights": [[item.share, item.rows, count] for item, count in inputs] if parts else None,
             "eval_data": _file_identity(options.eval_data),
@@ -172,14 +182,16 @@ def make_job(
             "threads": torch.get_num_threads(),
             "device": str(engine.device),
             "dtype": str(engine.dtype),
+            "processes": engine.world.size,
         },
     )
 
 
-def _engine(options: Train) -> Engine:
+def _engine(options: Train, world: World) -> Engine:
     """A base in bfloat16 computes in bfloat16 where nothing else is asked."""
     small = options.base_dtype == "bfloat16" and options.dtype == "auto"
-    return choose_engine(options.device, "bfloat16" if small else options.dtype)
+    engine = choose_engine(world.device(options.device), "bfloat16" if small else options.dtype)
+    return replace(engine, world=world)
 
 
 def _model(options: Train, folder: ModelFolder) -> GPT:
@@ -223,9 +235,9 @@ def _file_identity(path: str | None) -> str | None:
 
 def blank_controls(job: Job) -> list[int]:
     """Control tokens of the rows whose frozen embedding says nothing: as good as the mean of all, as new ones begin."""
-    weight = job.model.embedding.weight.detach()
     if job.model.embedding.weight.requires_grad:
         return []
+    weight = whole(job.model.embedding.weight.detach())
     seen = {i for number in job.train_rows[:LOOKED_AT] for i in job.rows[number].input_ids}
     controls = sorted(i for i in seen & job.codec.special_ids if i < len(weight))
     mean = weight.mean(0, dtype=torch.float32)
@@ -234,6 +246,8 @@ def blank_controls(job: Job) -> list[int]:
 
 
 def start_over(job: Job) -> int:
+    if not job.engine.world.first:
+        return 0
     for name in STALE_AFTER:
         path = job.run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -261,7 +275,7 @@ def resume_job(job: Job) -> int:
         before = facts["settings"].get(name)
         if before == now:
             continue
-        if name in ("threads", "device", "dtype"):
+        if name in ("threads", "device", "dtype", "processes"):
             console.warn(f"train: {name} was {before}, is {now}: the run goes on, but not bit for bit")
         else:
             raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
@@ -269,7 +283,7 @@ def resume_job(job: Job) -> int:
     job.best = tuple(facts["best"]) if facts.get("best") else None
     job.since_best = int(facts.get("since_best", 0))
     for name in (METRICS, SAMPLES):
-        _cut_back(job.run / name, step)
+        _cut_back(job.engine.world.path(job.run / name), step)
     console.note(f"train: resuming after step {step}")
     return step
 
@@ -305,4 +319,5 @@ def save_checkpoint(job: Job, step: int) -> None:
     facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
     if job.best and job.options.patience:
         facts["best_step"] = job.best[1]
-    resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep)
+    resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep, job.engine.world)
+    job.engine.world.from_first(lambda: None)  # they wait for the writing here: nothing times out

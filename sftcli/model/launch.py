@@ -1,0 +1,52 @@
+"""Several processes of `sft` on this machine, by torch's elastic launcher: what `torchrun --standalone` does."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from sftcli.errors import SftError
+from sftcli.model.processes import STOPS
+
+
+def launch(count: int, arguments: Sequence[str]) -> None:
+    """`sft ARGUMENTS` in `count` processes; where they fail or are stopped, this one ends as they do."""
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the process that fails has said why
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    heard = ",".join(number.name for number, handler in handlers.items() if handler is not signal.SIG_IGN)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="sft",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle=heard or "SIGUSR2",  # that of nobody
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "sftcli", *arguments)
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+    except ChildFailedError as failed:
+        raise _ended(failed) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _ended(failed: ChildFailedError) -> SftError | SystemExit:
+    """A process that was killed is named, since it cannot say so; any other has said why it ends."""
+    codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+    for rank, code in codes.items():
+        if code < 0:
+            name = signal.Signals(-code).name
+            return SftError(f"rank {rank} was killed ({name}); the others were stopped", hint="--resume goes on")
+    return SystemExit(next(iter(codes.values())))
