@@ -10,13 +10,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from sftcli.errors import SftError
+from sftcli.errors import Exit, SftError
 from sftcli.model.processes import STOPS
 
 
 def launch(count: int, arguments: Sequence[str]) -> None:
     """`sft ARGUMENTS` in `count` processes; where they fail or are stopped, this one ends as they do."""
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the process that fails has said why
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     handlers = {number: signal.getsignal(number) for number in STOPS}
     heard = ",".join(number.name for number, handler in handlers.items() if handler is not signal.SIG_IGN)
@@ -31,6 +30,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         max_restarts=0,
         signals_to_handle=heard or "SIGUSR2",  # that of nobody
     )
+    logging.disable(logging.ERROR)  # the process that fails has said why
     try:
         elastic_launch(config, sys.executable)("-m", "sftcli", *arguments)
     except SignalException as stopped:
@@ -38,15 +38,21 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     except ChildFailedError as failed:
         raise _ended(failed) from None
     finally:
+        logging.disable(logging.NOTSET)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _ended(failed: ChildFailedError) -> SftError | SystemExit:
-    """A process that was killed is named, since it cannot say so; any other has said why it ends."""
+    """A process that was killed is named, since it cannot say so; any other has said why it ends.
+
+    Of the others, some exit 1, as they lost it, and the launcher ends some by SIGTERM.
+    """
     codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-    for rank, code in codes.items():
-        if code < 0:
-            name = signal.Signals(-code).name
-            return SftError(f"rank {rank} was killed ({name}); the others were stopped", hint="--resume goes on")
-    return SystemExit(next(iter(codes.values())))
+    if own := [code for code in codes.values() if code > Exit.FAILURE]:
+        return SystemExit(own[0])
+    killed = [(rank, -code) for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
+    for rank, number in killed:
+        told = f"rank {rank} was killed ({signal.Signals(number).name}); the others were stopped"
+        return SftError(told, hint="--resume goes on from the last checkpoint")
+    return SystemExit(int(Exit.FAILURE))

@@ -57,8 +57,10 @@ class World:
         count, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if name == "auto" and not count:
             return "cpu"
-        if local >= count:
-            raise UsageError(f"process {local + 1} on this machine has no GPU: there are {count}", "a smaller --nproc")
+        if count < (needed := int(os.environ["LOCAL_WORLD_SIZE"])):
+            raise UsageError(
+                f"{needed} processes need a GPU each, there are {count}", hint="fewer, or --set device=cpu"
+            )
         torch.cuda.set_device(local)
         return f"cuda:{local}"
 
@@ -140,19 +142,19 @@ class World:
         if self.first:
             self.store.set(key, "")
             return False
-        try:
-            self.store.wait([key], timedelta(seconds=1))
-        except RuntimeError:
-            return False
-        return True
+        return not self._without([key], 1.0)
 
     def absent(self) -> list[int]:
         """The processes that do not answer a roll call."""
         assert self.store
         self.store.set(f"here/{self.rank}", "")
-        deadline = time.monotonic() + ROLL_CALL
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        while (missing := [r for r in others if not self.store.check([f"here/{r}"])]) and time.monotonic() < deadline:
+        return [int(key.partition("/")[2]) for key in self._without([f"here/{r}" for r in range(self.size)], ROLL_CALL)]
+
+    def _without(self, keys: list[str], seconds: float) -> list[str]:
+        """Those of the keys that nobody sets in time (the store's own waiting complains on stderr)."""
+        assert self.store
+        deadline = time.monotonic() + seconds
+        while (missing := [key for key in keys if not self.store.check([key])]) and time.monotonic() < deadline:
             time.sleep(0.05)
         return missing
 
@@ -190,7 +192,6 @@ def joined(timeout: int) -> Iterator[World]:
         raise _lost(world, error) from None
     finally:
         dist.destroy_process_group()
-        console.RANK = 0
 
 
 def _lost(world: World, error: RuntimeError) -> SftError:

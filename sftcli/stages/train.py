@@ -112,7 +112,7 @@ def _announce(job: Job, where: str, start: int) -> None:
     console.note(
         f"train: {len(job.train_rows):,} rows from {where}{held}; {count:,} parameters{share}"
         f"{'' if job.folder.has_weights else f' drawn from seed {options.seed}'}, {job.engine.device} "
-        f"{str(job.engine.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+        f"{str(job.engine.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads{_processes(job)}"
     )
     console.note(
         f"train: {job.plan.steps - start:,} steps of {per_step}; {options.optimizer.kind}, lr {job.lr:g} "
@@ -129,6 +129,11 @@ def _announce(job: Job, where: str, start: int) -> None:
         )
     names = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in job.stops)
     console.note(f"train: stop set: {names}") if names else console.warn("train: no stop token is trained")
+
+
+def _processes(job: Job) -> str:
+    size = job.engine.world.size
+    return f", {size} processes ({job.options.parallel})" if size > 1 else ""
 
 
 @contextmanager
