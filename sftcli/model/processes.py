@@ -142,7 +142,10 @@ class World:
         if self.first:
             self.store.set(key, "")
             return False
-        return not self._without([key], 1.0)
+        try:
+            return not self._without([key], 1.0)
+        except RuntimeError:  # it held the store and is gone already
+            return True
 
     def absent(self) -> list[int]:
         """The processes that do not answer a roll call."""
