@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ from sftcli.model import optim
 from sftcli.model.adapters import adapt
 from sftcli.model.batches import micro_batches
 from sftcli.model.checkpoint import open_folder
-from sftcli.model.processes import NO_ROW, World, dealt, gathered, joined, whole
+from sftcli.model.processes import NO_ROW, World, dealt, joined, whole
 from sftcli.model.training import Plan, accumulate, train_steps
 from sftcli.recipe import Train
 from sftcli.recipefile import apply_settings, parse
@@ -333,3 +332,119 @@ def test_run_goes_on_with_another_number_of_processes_and_says_that_bits_may_cha
         said = capsys.readouterr().err
     assert re.search(r"warning: train: .*processes was \d, is \d.*not bit for bit", said)
     assert_close(metrics(resumed), metrics(tmp_path / "whole"), 1e-5)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A base and rows in the working folder, and what `sft train` is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model_folder(tmp_path / "base", "llama", layers=2)
+    write_turns(tmp_path / "base", tmp_path / "rows.safetensors", LENGTHS)
+    settings = ("batch_rows=3", "sample_rows=0", "checkpoint_every=1", "process_timeout=20", "epochs=40")
+    return ["train", "rows.safetensors", "-m", "base", "-o", "run", *(w for s in settings for w in ("--set", s))]
+
+
+def begun(command, **env):
+    """A process of `sft COMMAND`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.Popen([sys.executable, "-m", "sftcli", *command], env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def wait_for_steps(process, count, run="run"):
+    log, deadline = Path(run, "metrics.jsonl"), time.monotonic() + 90
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+
+
+def children(process):
+    """Pids of the processes that the launcher started, by rank."""
+    pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent_of(pid) == process.pid]
+    return {int(re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())[1]): pid for pid in pids}
+
+
+def parent_of(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+@pytest.mark.slow
+def test_killed_process_is_named_the_others_end_and_the_run_resumes_bit_for_bit(small):
+    whole = begun([*small[:5], "whole", *small[6:], "--nproc", "2"])
+    assert whole.wait(90) == 0, whole.stderr.read()
+    process = begun([*small, "--nproc", "2"])
+    wait_for_steps(process, 5)
+    os.kill(children(process)[1], signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == Exit.FAILURE
+    assert "rank 1 was killed (SIGKILL)" in said and "Traceback" not in said
+    process = begun([*small, "--nproc", "2", "--resume"])
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == 0, said
+    assert said.count("wrote run/model") == 1 and "[rank" not in said
+    assert metrics("run") == metrics("whole")
+    assert Path("run/model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_without_a_launcher_the_living_process_names_the_dead_one(small, dead):
+    (port,) = free_ports(1)
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [begun([*small, "--set", "epochs=4000"], RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in (0, 1)]
+    wait_for_steps(both[0], 3)
+    both[dead].kill()
+    said = both[1 - dead].communicate(timeout=60)[1]
+    assert both[1 - dead].returncode == Exit.FAILURE
+    told = said.splitlines()[-1]
+    assert f"error: rank {dead} is gone" in told and told.startswith("[rank 1]") == (dead == 0)
+    assert "Traceback" not in said
+    both[dead].communicate()
+
+
+@pytest.mark.slow
+def test_terminated_launcher_leaves_a_checkpoint_of_the_last_step_and_exits_143(small):
+    process = begun([*small, "--nproc", "2", "--set", "epochs=4000"])
+    wait_for_steps(process, 3)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    steps = len(metrics("run"))
+    assert said.count(f"stopped after step {steps} of") == 1 and "Traceback" not in said
+    assert Path("run/checkpoints", f"step-{steps:06}").is_dir()
+
+
+@pytest.mark.slow
+def test_rows_come_through_a_pipe_and_their_error_is_said_once(small):
+    lines = write_jsonl(Path("rows.jsonl"), make_rows(LENGTHS))
+    command = ["train", "-", *small[2:], "--nproc", "2", "--set", "epochs=1"]
+    with open(lines) as file:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-m", "sftcli", *command], stdin=file, capture_output=True, env=environment, timeout=90)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"received 12 rows") == 1
+    done = subprocess.run([sys.executable, "-m", "sftcli", *command], input=b'{"id": 1', capture_output=True, env=environment, timeout=90)  # fmt: skip
+    assert done.returncode == Exit.DATA
+    assert done.stderr.count(b"error:") == 1 and b"<stdin>:1" in done.stderr
+
+
+@pytest.mark.slow
+def test_recipe_trains_in_two_processes(small, sft):
+    data = ROOT / "data" / "samples" / "qa.jsonl"
+    Path("recipe.yaml").write_text(
+        f"init: {{data: {data}, columns: 'prompt=question,completion=answer', layers: 1, heads: 2, width: 16}}\n"
+        f"tokenize: {{data: {data}, columns: 'prompt=question,completion=answer'}}\n"
+        "train: {nproc: 2, max_steps: 2, sample_rows: 0}\n"
+    )
+    process = begun(["run", "recipe.yaml", "-o", "whole"])
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert "2 processes (ddp)" in said and len(metrics("whole")) == 2
+    again = sft("run", "recipe.yaml", "-o", "whole")
+    assert again.code == 0 and "train: nothing has changed" in again.err
