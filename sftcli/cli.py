@@ -239,7 +239,7 @@ def train(
     eval_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Held-out rows.")] = None,
     eval_share: Annotated[float | None, typer.Option(help="Hold out this share of the rows.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
-    nproc: Annotated[int | None, typer.Option(metavar="N", help="Processes; on GPUs one each (nccl).")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; with CUDA, a GPU each (nccl).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006

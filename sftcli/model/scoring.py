@@ -1,11 +1,11 @@
 """How likely a model finds labels: nll per scored token, summed or row by row. No logits are kept."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 
-from sftcli.model.batches import make_batch, micro_batches
+from sftcli.model.batches import make_batch
 from sftcli.model.gpt import GPT
 from sftcli.model.training import Engine
 from sftcli.rows import Row
@@ -42,6 +42,11 @@ class Totals:
         self.weighted += sum(n * w for n, w in zip(score.nll, score.weights, strict=True))
         self.correct += sum(score.correct)
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Totals":
+        rows, tokens, weight, nll, weighted, correct = values
+        return cls(int(rows), int(tokens), weight, nll, weighted, int(correct))
+
     @property
     def loss(self) -> float:
         return self.weighted / self.weight if self.weight else 0.0
@@ -53,7 +58,7 @@ class Totals:
 
 @torch.no_grad()
 def score_rows(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine: Engine) -> Iterator[RowScore]:
-    """Scores in input order; memory is bounded by a window of rows."""
+    """Scores in input order, in each process of its share of the rows; memory is bounded by a window of rows."""
     model.eval()
     window: list[Row] = []
     tokens = 0
@@ -68,7 +73,7 @@ def score_rows(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine:
 
 def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: Engine) -> list[RowScore]:
     found: dict[int, RowScore] = {}
-    for part in micro_batches(rows, micro_batch_tokens):
+    for part in engine.world.micro_batches(rows, micro_batch_tokens):
         batch = make_batch(part).to(engine.device)
         with engine.autocast():
             (loss,) = model(batch).values()
@@ -76,11 +81,11 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
         columns = (loss.nll, batch.weights, loss.correct)
         for row, nll, weights, correct in zip(batch.rows, *(c.cpu().split(counts) for c in columns), strict=True):
             found[id(row)] = RowScore(row, nll.tolist(), weights.tolist(), [bool(c) for c in correct.tolist()])
-    return [found[id(row)] for row in rows]
+    return [found[id(row)] for row in rows if id(row) in found]
 
 
 def total_score(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine: Engine) -> Totals:
     totals = Totals()
     for score in score_rows(model, rows, micro_batch_tokens, engine):
         totals.add(score)
-    return totals
+    return Totals.of(engine.world.summed(torch.tensor(astuple(totals), dtype=torch.float64)).tolist())
