@@ -218,7 +218,7 @@ def open_output(path: str | None) -> Iterator[IO[bytes]]:
         raise
     except OSError as error:
         raise cannot_write("standard output", error) from None
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         code = error.code if isinstance(error, SftError) else Exit.FAILURE
         with suppress(OSError):
             out.write(json_line({ERROR_FIELD: {"code": int(code), "message": str(error) or type(error).__name__}}))

@@ -176,7 +176,7 @@ def mask(
     roles: Annotated[str | None, typer.Option(metavar="A,B", help="Train these roles instead.")] = None,
     no_match: Annotated[str | None, typer.Option(help="drop, error or train rows without the pattern.")] = None,
     eod_mask_loss: Annotated[int | None, typer.Option(metavar="ID", help="Do not train what follows this id.")] = None,
-    format: Annotated[str | None, typer.Option(help="rows, hf or neox.")] = None,
+    format: Annotated[str | None, typer.Option(help="rows, hf or neox (-o NAME.bin: its datasets).")] = None,
     seq_len: Annotated[int | None, typer.Option(metavar="N", help="Row length of --format neox.")] = None,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Rows may have N tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="drop, error, truncate-prompt or truncate.")] = None,

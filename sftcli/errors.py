@@ -1,6 +1,9 @@
 """The one error that reaches a user: a line, a hint, an exit code."""
 
+import re
 from enum import IntEnum
+
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory", re.IGNORECASE)
 
 
 class Exit(IntEnum):
@@ -49,3 +52,17 @@ class CheckpointError(SftError):
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message, Exit.CHECKPOINT, hint)
+
+
+class OutOfMemory(SftError):
+    """A step that does not fit."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message, Exit.MEMORY, hint)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, or torch's (a RuntimeError, which on a CPU has no class of its own)."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )

@@ -291,6 +291,7 @@ class Train(Options):
     batch_rows: Positive | None = None  # ... or its rows
     micro_batch_tokens: Positive = 8192  # bounds one forward; never changes a step
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: off
+    nonfinite_skips: Count = 0  # steps of a run that may be left out because their loss or gradient is not finite
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     gradient_checkpointing: bool = False
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}  # source -> times an epoch has its rows (0.3: a share of them)

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "model": {"basis", "model"},
     "basis": {"basis"},
 }
-LEVELS = ["errors", "hub", "artifacts", "rows", "rowfile", "console", "recipe", "recipefile", "views"]
+LEVELS = ["errors", "hub", "artifacts", "rows", "rowfile", "indexedfile", "console", "recipe", "recipefile", "views"]
 
 
 def name_of(path):
@@ -31,7 +31,7 @@ def group_of(name):
     if len(parts) == 1:
         return "sftcli"
     if parts[1] == "stages":
-        return "common" if parts[2:] in (["common"], ["training_job"]) else "stages"
+        return "common" if parts[2:] in (["common"], ["training_job"], ["divergence"]) else "stages"
     if parts[1] in ("cli", "exits", "flags", "tools", "__main__"):
         return "cli"
     return parts[1] if parts[1] in ("text", "model") else "basis"

@@ -210,10 +210,18 @@ def test_no_match_is_dropped_refused_or_trained(sft, lines):
 
 def test_a_document_with_no_turn_of_the_model_is_dropped(sft, lines):
     data = lines(document((0, 8, "user", False, 1.0)), TWO_TURNS)
-    for flags, reason in [((), "nothing trained"), (("--train-on", "last"), "no match")]:
+    for flags, reason in [((), "no turn of the model"), (("--train-on", "last"), "no match")]:
         result = sft("mask", data, *flags)
         assert f"1 dropped (1 {reason}, first {data}:1)" in result.err
         assert len(result.rows) == 1
+
+
+def test_what_is_masked_from_end_to_end_or_weighs_nothing_is_dropped_by_reason(sft, lines):
+    masked = {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}
+    unheard = document((0, 8, "assistant", True, 0.0))  # train: false
+    result = sft("mask", lines(masked, unheard, {**masked, "loss_mask": [0, 0, 0]}, *[TWO_TURNS] * 7))
+    assert len(result.rows) == 7
+    assert "3 dropped (3 nothing trained" in result.err and "warning: mask: 30% of the rows were dropped" in result.err
 
 
 def test_a_label_on_the_first_token_alone_trains_nothing(sft, lines):
@@ -225,7 +233,7 @@ def test_when_every_row_is_dropped_the_stage_fails_and_the_next_one_knows(sft, l
     data = lines(document((0, 8, "user", False, 1.0)))
     result = sft("mask", data)
     assert result.code == 3
-    assert f"nothing is left to train: all 1 rows were dropped (1 nothing trained, first {data}:1)" in result.err
+    assert f"nothing is left to train: all 1 rows were dropped (1 no turn of the model, first {data}:1)" in result.err
     assert [list(row) for row in result.rows] == [["sft_error"]]
     assert "1 rows in, 0 kept, 0 cut, 1 dropped" in result.err
     assert sft("mask", data, "-o", tmp_path / "rows.safetensors").code == 3
@@ -239,7 +247,7 @@ def test_dropped_lines_go_to_the_rejects_with_their_reasons(sft, lines, tmp_path
     assert result.code == 3
     result = sft("mask", data, "--max-length", 8, "--rejects", rejects)
     (told,) = [json.loads(line) for line in rejects.read_bytes().splitlines()]
-    assert (told["file"], told["line"], told["reason"]) == (str(data), 2, "nothing trained")
+    assert (told["file"], told["line"], told["reason"]) == (str(data), 2, "no turn of the model")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Several processes: two with half of the rows each do what one does, and end together."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from model_fixtures import (
     model_folder,
     model_of,
     random_ids,
+    read_jsonl,
     write_jsonl,
     write_turns,
 )
@@ -62,6 +62,7 @@ RUNS = {  # name -> settings, the step after which process 1 receives SIGTERM: t
     "sharded, stopped": (("parallel=fsdp",), 2),
     "sharded, to one": (("parallel=fsdp",), 2),
     "adapter": (("parallel=fsdp", *LORA), None),
+    "diverged": (("eval_share=0",), None),
 }
 RESUMED = ("stopped", "sharded, stopped", "from one")  # by two processes
 
@@ -105,21 +106,6 @@ def one_model(folder, name, world):
     return tensors | weights, reports
 
 
-def diverge(folder, world):
-    """(the error, whether the weights are as they were) where one process has a row that is not finite."""
-    model = model_of(folder / "llama")
-    world.place(model, CPU.device, "ddp")
-    engine = type(CPU)(CPU.device, CPU.dtype, world)
-    rows = [*make_rows([9, 8]), make_row(random_ids(7, 9), id="poison", loss_weight=[math.inf] * 7)]
-    options = options_of("batch_rows=3", "epochs=1")
-    before = [p.detach().clone() for p in model.parameters()]
-    steps = train_steps(model, optim.build(model, options.optimizer, 1.0), rows.__getitem__, Plan([9, 8, 7], options), options, engine, 1.0)  # fmt: skip
-    try:
-        list(steps)
-    except SftError as error:
-        return error.code, str(error), all(map(torch.equal, before, model.parameters()))
-
-
 def in_a_pair(rank, folder, ports):
     """What each of two processes does, all in one start of them: loading torch takes longest."""
     torch.set_num_threads(1)
@@ -132,8 +118,6 @@ def in_a_pair(rank, folder, ports):
             if world.first:
                 safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
                 (folder / f"{name}.json").write_text(json.dumps(reports))
-        found = diverge(folder, World(rank, 2, world.store))
-        (folder / f"diverged-{rank}.json").write_text(json.dumps(found))
     ended = {}
     for name, (settings, stop) in RUNS.items():
         ended[name] = one_run(folder, name, settings, rank, ports.pop(), stop)
@@ -155,7 +139,8 @@ def one_run(folder, name, settings, rank, port, stop, resumed=False):
 
     stage._metrics = then_signal
     try:
-        return train(options_of(*settings), str(folder / "rows.safetensors"), str(folder / "llama"), str(folder / name), resumed).sha256  # fmt: skip
+        rows = folder / ("poison.jsonl" if name == "diverged" else "rows.safetensors")
+        return train(options_of(*settings), str(rows), str(folder / "llama"), str(folder / name), resumed).sha256
     except SftError as error:
         return int(error.code)
     except SystemExit as ended:
@@ -179,8 +164,9 @@ def pair(tmp_path_factory):
     for preset in ("llama", "gpt2"):
         model_folder(folder / preset, preset, layers=2)
     write_turns(folder / "llama", folder / "rows.safetensors", LENGTHS)
-    before = options_of()
-    stopped_alone(folder, before)
+    poison = make_row(random_ids(7, 9), id="poison", loss_weight=[1e39] * 7)  # infinite in float32
+    write_jsonl(folder / "poison.jsonl", [*make_rows(LENGTHS), poison])
+    stopped_alone(folder, options_of())
     torch.multiprocessing.start_processes(in_a_pair, (folder, free_ports(12)), nprocs=2, start_method="spawn")
     return folder
 
@@ -232,10 +218,11 @@ def test_two_processes_with_half_of_the_rows_train_what_one_does(pair, name):
 
 
 def test_loss_that_is_not_finite_in_one_process_stops_both_before_the_weights_change(pair):
-    first, second = (json.loads((pair / f"diverged-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    assert first[0] == Exit.DIVERGED and "poison" in first[1]
-    assert first[2] is True
+    assert ended(pair, 0)["diverged"] == ended(pair, 1)["diverged"] == Exit.DIVERGED
+    lines = read_jsonl(pair / "diverged" / "metrics.jsonl")
+    assert [line.get("finite", True) for line in lines] == [True] * (len(lines) - 1) + [False]
+    kept = read_jsonl(pair / "diverged" / f"diverged-step-{len(lines)}.jsonl")
+    assert "poison" in {row["id"] for row in kept} and len(kept) == 5
 
 
 def test_rows_are_dealt_by_their_tokens_each_to_one_process():
@@ -299,7 +286,7 @@ def test_both_processes_end_alike_and_by_one_signal(pair):
         if stop:
             assert first[name] == 143, name
             assert artifacts.read_json(pair / name / "checkpoints" / "step-000003" / "state.json")["step"] == 3
-        else:
+        elif name != "diverged":
             assert re.fullmatch("[0-9a-f]{12}", str(first[name])), name
 
 

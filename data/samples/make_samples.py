@@ -5,6 +5,7 @@ import os
 
 from conversations import make_chats, make_sharegpt, make_tool_rows
 from exercises import make_instructions, make_word_problems
+from pipe_questions import make_pipe_splits
 from sql_questions import make_splits
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -16,11 +17,14 @@ PROMPT_ROWS = 20
 def make_all():
     """Every file's rows, by file name."""
     train, heldout = make_splits(20, TRAIN_ROWS, HELDOUT_ROWS + PROMPT_ROWS)
+    pipes, pipes_heldout = make_pipe_splits(26, 1000, 200)
     prompts = [{"prompt": row["messages"][0]["content"]} for row in heldout[HELDOUT_ROWS:]]
     return {
         "train.jsonl": train,
         "heldout.jsonl": heldout[:HELDOUT_ROWS],
         "prompts.jsonl": prompts,
+        "pipes.jsonl": pipes,
+        "pipes_heldout.jsonl": pipes_heldout,
         "chats.jsonl": make_chats(21, 120),
         "tools.jsonl": make_tool_rows(22, 60),
         "alpaca.jsonl": make_instructions(23, 60),

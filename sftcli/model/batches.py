@@ -180,13 +180,19 @@ def steps_in_run(lengths: Sequence[int], options: Train, parts: Sequence[Part] =
 
 def micro_batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
     """The rows of one step in forwards of at most `limit` tokens (a longer row alone); similar lengths together."""
-    part: list[Row] = []
+    for part in forwards([len(row.input_ids) for row in rows], limit):
+        yield [rows[i] for i in part]
+
+
+def forwards(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Which rows of a step, by their lengths, go through the model together."""
+    part: list[int] = []
     tokens = 0
-    for row in sorted(rows, key=lambda row: len(row.input_ids)):
-        if part and tokens + len(row.input_ids) > limit:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and tokens + lengths[i] > limit:
             yield part
             part, tokens = [], 0
-        part.append(row)
-        tokens += len(row.input_ids)
+        part.append(i)
+        tokens += lengths[i]
     if part:
         yield part

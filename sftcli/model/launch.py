@@ -11,14 +11,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sftcli.errors import Exit, SftError
-from sftcli.model.processes import STOPS
+from sftcli.signals import TERMINATING, exit_code
 
 
 def launch(count: int, arguments: Sequence[str]) -> None:
     """`sft ARGUMENTS` in `count` processes; where they fail or are stopped, this one ends as they do."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    handlers = {number: signal.getsignal(number) for number in STOPS}
-    heard = ",".join(number.name for number, handler in handlers.items() if handler is not signal.SIG_IGN)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
+    heard = [signal.Signals(number).name for number, handler in handlers.items() if handler is not signal.SIG_IGN]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -28,13 +28,13 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        signals_to_handle=heard or "SIGUSR2",  # that of nobody
+        signals_to_handle=",".join(heard) or "SIGUSR2",  # which nobody sends
     )
     logging.disable(logging.ERROR)  # the process that fails has said why
     try:
         elastic_launch(config, sys.executable)("-m", "sftcli", *arguments)
     except SignalException as stopped:
-        raise SystemExit(128 + stopped.sigval) from None
+        raise SystemExit(exit_code(stopped.sigval)) from None
     except ChildFailedError as failed:
         raise _ended(failed) from None
     finally:
@@ -49,10 +49,11 @@ def _ended(failed: ChildFailedError) -> SftError | SystemExit:
     Of the others, some exit 1, as they lost it, and the launcher ends some by SIGTERM.
     """
     codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-    if own := [code for code in codes.values() if code > Exit.FAILURE]:
+    stopped = {exit_code(signal.SIGINT), exit_code(signal.SIGTERM)}
+    if own := [code for code in codes.values() if code > Exit.FAILURE and code not in stopped]:
         return SystemExit(own[0])
-    killed = [(rank, -code) for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
-    for rank, number in killed:
-        told = f"rank {rank} was killed ({signal.Signals(number).name}); the others were stopped"
-        return SftError(told, hint="--resume goes on from the last checkpoint")
-    return SystemExit(int(Exit.FAILURE))
+    for rank, code in codes.items():
+        if code < 0 and -code != signal.SIGTERM:
+            told = f"rank {rank} was killed ({signal.Signals(-code).name}); the others were stopped"
+            return SftError(told, hint="--resume goes on from the last checkpoint")
+    return SystemExit(max(codes.values()))

@@ -1,12 +1,18 @@
 """What a training run will need, counted before it starts: weights, gradients, optimizer state, activations, logits."""
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 
+from sftcli.errors import OutOfMemory, is_out_of_memory
 from sftcli.model.adapters import adapt
 from sftcli.model.families import Family
 from sftcli.model.gpt import GPT, GPTConfig
 from sftcli.model.loss import CHUNK_LOGITS
 from sftcli.recipe import Muon, Train
+from sftcli.rows import Row
 
 FLOAT = 4  # bytes
 INTERPRETER = 300 << 20  # Python, torch and its libraries, resident
@@ -25,13 +31,12 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     blocks = sum(n for name, n in trained.items() if name.startswith("blocks."))
     moments = 2 * learned - (blocks if isinstance(options.optimizer, Muon) else 0)
     tokens = max(min(options.micro_batch_tokens, options.batch_tokens), longest_row)
-    chunk = 4 * FLOAT * max(CHUNK_LOGITS, 64 * config.vocab_size)  # logits, probabilities and two temporaries
     found = {
         "weights_bytes": frozen * (count - learned) + FLOAT * learned,
         "gradients_bytes": FLOAT * learned,
         "optimizer_bytes": FLOAT * moments,
         "activations_bytes": FLOAT * tokens * activations_per_token(config, options.gradient_checkpointing),
-        "logits_bytes": chunk,
+        "logits_bytes": logits_bytes(config),
     }
     return {
         "parameters": count,
@@ -39,6 +44,11 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
         **found,
         "memory_bytes": INTERPRETER + sum(found.values()),
     }
+
+
+def logits_bytes(config: GPTConfig) -> int:
+    """Of one chunk: logits, probabilities and two temporaries."""
+    return 4 * FLOAT * max(CHUNK_LOGITS, 64 * config.vocab_size)
 
 
 def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> int:
@@ -52,3 +62,37 @@ def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> in
     if gradient_checkpointing:
         return config.layers * width + attention + mlp + 4 * width
     return config.layers * (attention + mlp) + 4 * width
+
+
+@contextmanager
+def told_if_out_of_memory(rows: Sequence[Row], limit: int, device: torch.device) -> Iterator[None]:
+    """Turn a failing allocation into OutOfMemory, which tells the step (its forwards have up to `limit` tokens)."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory([len(row.input_ids) for row in rows], limit, device) from None
+
+
+def out_of_memory(lengths: Sequence[int], limit: int, device: torch.device) -> OutOfMemory:
+    """The error of a step of rows of these lengths, with what would help."""
+    tokens = max(max(lengths), min(limit, sum(lengths)))  # of its largest forward
+    fewer = f"micro_batch_tokens={tokens // 2}, " if tokens > max(lengths) else ""
+    return OutOfMemory(
+        f"out of memory: {len(lengths):,} row(s), forwards of up to {tokens:,} tokens, the longest row "
+        f"{max(lengths):,}; peak {peak_bytes(device):,} bytes",
+        hint=f"--set {fewer}gradient_checkpointing=true, dtype=bfloat16, or shorter rows (sft mask --max-length)",
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use at once so far: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no Unix
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

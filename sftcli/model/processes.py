@@ -5,6 +5,7 @@ share; torch (DDP or FSDP2) adds gradients up; a step divides by the weight of a
 itself. Only process 0 talks and writes.
 """
 
+import math
 import os
 import signal
 import time
@@ -23,15 +24,16 @@ from sftcli import console
 from sftcli.errors import SftError, UsageError
 from sftcli.model.batches import micro_batches
 from sftcli.rows import FORMAT, IGNORE, Row
+from sftcli.signals import Interrupted, Terminated, exit_code
 
 # a forward for a process that has no rows left: every parameter gets a gradient, which is 0
 NO_ROW = Row(
     id="", input_ids=[0], labels=[IGNORE], align="next", objective="", tokenizer=None, template=None, format=FORMAT
 )
-STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPS = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
 ROLL_CALL = 3.0  # seconds that a process has to say that it is there
 LOST = ("gloo", "nccl", "connection", "broken pipe", "timed out", "store")  # in torch's words for a lost process
-PATIENCE = timedelta(days=7)  # for what only process 0 does; if it dies, the store or the launcher tells
+PATIENCE = math.inf  # seconds: for what only process 0 does; if it dies, the store or the launcher tells
 
 
 class World:
@@ -39,8 +41,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.store = rank, size, store
-        self.received: list[int] = []  # signals that ask this process to stop
-        self._agreed = 0
+        self._asked: Callable[[], None] = lambda: None  # raises Interrupted where this process is asked to stop
+        self._stop = 0  # the exit code that they agreed to stop with
         self._told = 0
         self._replica: nn.Module | None = None
 
@@ -99,17 +101,37 @@ class World:
         """Sums over all processes of float64 numbers; on the way they agree whether to stop."""
         if self.size == 1:
             return values
-        asked = torch.tensor([float(number in self.received) for number in STOPS], dtype=torch.float64)
-        both = torch.cat([values, asked])
+        own = 0
+        try:
+            self._asked()
+        except Interrupted as stop:
+            own = stop.code
+        votes = torch.tensor([own == code for code in STOPS], dtype=torch.float64)
+        both = torch.cat([values, votes])
         dist.all_reduce(both)
         found, votes = both.split([len(values), len(STOPS)])
-        self._agreed = next((int(number) for number, vote in zip(STOPS, votes.tolist(), strict=True) if vote), 0)
+        self._stop = next((code for code, count in zip(STOPS, votes.tolist(), strict=True) if count), 0)
         return found
 
-    @property
-    def stop(self) -> int:
-        """The signal after which the run ends with this step; 0: none."""
-        return self._agreed if self.size > 1 else next(iter(self.received), 0)
+    def agreed(self, poll: Callable[[], None]) -> Callable[[], None]:
+        """`poll`; in several processes one that raises in all of them at once: at the first call after they agreed."""
+        if self.size == 1:
+            return poll
+        self._asked = poll
+
+        def poll_together() -> None:
+            if self._stop:
+                raise Interrupted(self._stop)
+
+        return poll_together
+
+    def least(self, value: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
 
     # ---- what only process 0 does
 
@@ -125,8 +147,10 @@ class World:
         key = f"told/{self._told}"
         if self.first:
             self.store.set(key, msgspec.json.encode(compute()).decode())
-        self.store.wait([key], PATIENCE)
-        return msgspec.json.decode(self.store.get(key))
+        self._without([key], PATIENCE)  # the store's own waiting hears no signals, and complains on stderr
+        value = msgspec.json.decode(self.store.get(key))
+        self.meet()  # process 0 may hold the store: it stays until all have read it
+        return value
 
     def meet(self) -> None:
         """Wait until every process is here."""
@@ -154,7 +178,7 @@ class World:
         return [int(key.partition("/")[2]) for key in self._without([f"here/{r}" for r in range(self.size)], ROLL_CALL)]
 
     def _without(self, keys: list[str], seconds: float) -> list[str]:
-        """Those of the keys that nobody sets in time (the store's own waiting complains on stderr)."""
+        """Those of the keys that nobody sets in time."""
         assert self.store
         deadline = time.monotonic() + seconds
         while (missing := [key for key in keys if not self.store.check([key])]) and time.monotonic() < deadline:
@@ -185,6 +209,10 @@ def joined(timeout: int) -> Iterator[World]:
     try:
         yield world
         world.meet()
+    except Terminated as ended:
+        if world.first:
+            raise
+        raise SystemExit(ended.code) from None  # one of them says so
     except SftError as error:
         if world.is_said(str(error)):
             raise SystemExit(int(error.code)) from None

@@ -74,6 +74,7 @@ def score_rows(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine:
 def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: Engine) -> list[RowScore]:
     found: dict[int, RowScore] = {}
     for part in engine.world.micro_batches(rows, micro_batch_tokens):
+        engine.poll()
         batch = make_batch(part).to(engine.device)
         with engine.autocast():
             (loss,) = model(batch).values()

@@ -3,18 +3,20 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sftcli.errors import Exit, SftError, UsageError
+from sftcli.errors import UsageError
 from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
+from sftcli.model.breakdown import Part as Breakdown
 from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.gpt import GPT
 from sftcli.model.loss import PLAIN
+from sftcli.model.memory import told_if_out_of_memory
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
 from sftcli.model.optim import lr_share, set_lr
@@ -27,6 +29,7 @@ from sftcli.rows import Row
 class Report:
     """One optimizer step. `loss` is per unit of weight (nan: it has none and was skipped); `tokens` are no padding.
 
+    Not `finite`: the loss or the norm of the gradients was no number, and the weights were left alone.
     `loss` is what was minimised; by role, source and turn it is the plain nll (breakdown.py).
     """
 
@@ -43,6 +46,7 @@ class Report:
     loss_by_role: dict[str, float]
     loss_by_source: dict[str, float]
     loss_by_turn: dict[str, float]
+    finite: bool = True
 
 
 class Plan:
@@ -76,6 +80,7 @@ class Engine:
     device: torch.device
     dtype: torch.dtype
     world: World = field(default_factory=World)
+    poll: Callable[[], None] = lambda: None  # called before every forward; raises to leave a step or an evaluation
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -107,7 +112,7 @@ def train_steps(
     """Yield (report, epoch ended) after every optimizer step, from step `start` on.
 
     The loss of a step is the sum over all its micro-batches divided once by the weight of the whole step, so that the
-    size of a micro-batch changes nothing. Raises SftError (exit 4) before a non-finite gradient reaches the weights.
+    size of a micro-batch changes nothing. A gradient that is not finite never reaches the weights: see Report.finite.
     """
     model.set_dropout(options.dropout)
     for number, (indices, epoch, ends) in enumerate(plan.from_step(start), start):
@@ -116,50 +121,65 @@ def train_steps(
         lr = peak_lr * lr_share(number, plan.steps, options.schedule)
         model.train()
         if options.dropout or (options.adapter and options.adapter.dropout):
-            # dropout too is a function of (seed, step)
+            # dropout too is a function of (seed, step), and of the process
             torch.manual_seed(engine.world.seed((options.seed << 32) + number))
-        sums = accumulate(model, rows, options.micro_batch_tokens, engine, options.loss, (options.seed, number))
-        norm = clip(model, options.clip_norm)
-        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
-            raise diverged(number + 1, rows, sums.loss, norm)
-        if sums.weight:  # a step of weight 0 trains nothing
+        with told_if_out_of_memory(rows, options.micro_batch_tokens, engine.device):
+            sums = accumulate(model, rows, options.micro_batch_tokens, engine, options.loss, (options.seed, number))
+            sums = sums.over(engine.world)
+        norms = clip(model, options.clip_norm)
+        loss, norm = torch.stack([sums.logged[0], norms.to(sums.logged)]).tolist()  # the step's one wait for the device
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if sums.weight and finite:  # a step of weight 0 trains nothing
             set_lr(optimizers, lr)
             for optimizer in optimizers:
                 optimizer.step()
         model.zero_grad(set_to_none=True)
-        yield sums.report(number + 1, epoch, lr, norm, time.monotonic() - begin), ends
+        yield sums.report(number + 1, epoch, lr, norm, finite, begin), ends
 
 
 @dataclass
 class StepSums:
-    """What the micro-batches of a step add up to; `loss` is already divided by the weight."""
+    """What the micro-batches of a step add up to; what lies on the device is read when it is asked for."""
 
-    loss: float
+    logged: Tensor  # (3,) loss, already divided by the weight; correct; entropy
     weight: float
     tokens: int
     trained: int
-    correct: float
-    entropy: float
-    by_role: dict[str, float]
-    by_source: dict[str, float]
-    by_turn: dict[str, float]
+    by_part: Callable[[], dict[Breakdown, Tensor]]  # (2,) each: sums of weight * nll and of weight
 
-    def report(self, step: int, epoch: float, lr: float, norm: float, seconds: float) -> Report:
+    @property
+    def loss(self) -> float:
+        return float(self.logged[0])
+
+    def over(self, world: World) -> "StepSums":
+        """Those of all processes, added up at once. Alone, nothing is read here."""
+        if world.size == 1:
+            return self
+        parts = self.by_part()
+        own = [self.logged.cpu().double(), torch.tensor([self.trained], dtype=torch.float64), *parts.values()]
+        logged, trained, rest = world.summed(torch.cat(own)).split([3, 1, 2 * len(parts)])
+        found = dict(zip(parts, rest.view(-1, 2), strict=True))
+        return replace(self, logged=logged, trained=int(trained), by_part=lambda: found)
+
+    def report(self, step: int, epoch: float, lr: float, norm: float, finite: bool, begin: float) -> Report:
         scored = max(self.trained, 1)
+        loss, correct, entropy = self.logged.tolist()
+        by_role, by_source, by_turn = means_by_part(self.by_part())
         return Report(
             step=step,
             epoch=epoch,
-            loss=self.loss if self.weight else math.nan,
+            loss=loss if self.weight else math.nan,
             tokens=self.tokens,
             trained=self.trained,
             lr=lr,
             grad_norm=norm,
-            seconds=seconds,
-            accuracy=self.correct / scored,
-            entropy=self.entropy / scored,
-            loss_by_role=self.by_role,
-            loss_by_source=self.by_source,
-            loss_by_turn=self.by_turn,
+            seconds=time.monotonic() - begin,
+            accuracy=correct / scored if math.isfinite(loss) else math.nan,  # nan has a largest logit, too
+            entropy=entropy / scored,
+            loss_by_role=by_role,
+            loss_by_source=by_source,
+            loss_by_turn=by_turn,
+            finite=finite,
         )
 
 
@@ -176,12 +196,13 @@ def accumulate(
     Each loss of the model has a weight of its own; the first is that of the tokens. `draw`: seed and step of the noise.
     """
     weights = weights_by_loss(rows, options.reduction)
-    logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy: read once, at the end
+    logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy
     trained = 0
     scored: list[tuple[Batch, Tensor]] = []
     world = engine.world
     parts = world.micro_batches(rows, micro_batch_tokens)
     for number, part in enumerate(parts, 1):
+        engine.poll()
         batch = make_batch(part, options.reduction).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with world.exchanging(number == len(parts)):
@@ -193,28 +214,14 @@ def accumulate(
         logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
         scored.append((batch, of_tokens.nll))
         trained += len(batch.scored)
-    by_part = sums_by_part(scored, rows)
-    counted = torch.tensor([trained], dtype=torch.float64)
-    sums = world.summed(torch.cat([logged.cpu().double(), counted, *by_part.values()]))
-    total, right, spread, scores = sums[:4].tolist()
-    means = means_by_part(dict(zip(by_part, sums[4:].view(-1, 2), strict=True)))
     tokens = sum(len(row.input_ids) for row in rows)
-    return StepSums(total, sum(weights.values()), tokens, int(scores), right, spread, *means)
+    return StepSums(logged, sum(weights.values()), tokens, trained, lambda: sums_by_part(scored, rows))
 
 
-def clip(model: GPT, limit: float) -> float:
-    """The norm of all gradients before they are clipped to `limit` (0: not clipped)."""
+def clip(model: GPT, limit: float) -> Tensor:
+    """The norm () of all gradients before they are clipped to `limit` (0: not clipped)."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(gradients))
     if limit:
         torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], limit, norm)
-    return float(norm)
-
-
-def diverged(step: int, rows: Sequence[Row], loss: float, norm: float) -> SftError:
-    names = ", ".join(row.id for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return SftError(
-        f"step {step}: loss {loss}, gradient norm {norm}: not finite; the weights were not touched; rows {names}",
-        Exit.DIVERGED,
-        hint="a lower learning rate, or look at these rows with `sft show`",
-    )
+    return norm

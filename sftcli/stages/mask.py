@@ -11,8 +11,9 @@ from itertools import islice
 import msgspec
 
 from sftcli import console, views
-from sftcli.artifacts import decode_json, json_line, open_output, text_folder
+from sftcli.artifacts import decode_json, json_line, line_fields, open_output, text_folder
 from sftcli.errors import DataError, UsageError
+from sftcli.indexedfile import indexed_lines, is_indexed, write_indexed
 from sftcli.recipe import BlankInfilling, Causal, Mask
 from sftcli.rowfile import is_row_file, write_rows
 from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
@@ -62,26 +63,31 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
     """Run the stage. `model` only names tokens in what is shown."""
     summary = Summary()
     to_columns = output is not None and is_row_file(output)
+    to_index = output is not None and is_indexed(output)
     with ExitStack() as stack:
-        out = None if to_columns else stack.enter_context(open_output(output))
+        out = None if to_columns or to_index else stack.enter_context(open_output(output))
         rejects = stack.enter_context(Rejects("skip", options.rejects))
         line = stack.enter_context(console.live())
-        _refuse(options, to_columns)
+        _refuse(options, to_columns, to_index)
         codec = load_codec(text_folder(model)) if model else None
         maker = _maker(options, codec)
         made = _shown(_counted(_made(options, maker, source, rejects, summary), line), show, codec, line)
-        made = _accounted(made, summary, codec, line, to_columns)
-        if out is None:
+        made = _accounted(made, summary, codec, line, to_columns or to_index)
+        if to_index:
+            write_indexed(str(output), (pretokenized.neox_document(item.row, item.weights) for item in made))
+        elif out is None:
             write_rows(str(output), (item.row for item in made))
         else:
             out.writelines(_formatted(item, options) for item in made)
     return summary
 
 
-def _refuse(options: Mask, to_columns: bool) -> None:
+def _refuse(options: Mask, to_columns: bool, to_index: bool) -> None:
     """Raise UsageError for options that do not fit together."""
-    if options.format == "neox" and not options.seq_len:
-        raise UsageError("--format neox needs --seq-len N")
+    if to_index and (options.format != "neox" or options.seq_len):
+        raise UsageError("a .bin file holds whole documents of GPT-NeoX", hint="--format neox, without --seq-len")
+    if options.format == "neox" and not (options.seq_len or to_index):
+        raise UsageError("--format neox needs --seq-len N, or -o NAME.bin")
     if options.format != "rows" and to_columns:
         raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
     if isinstance(options.objective, Causal):
@@ -136,7 +142,7 @@ def _made(options: Mask, maker: Maker, source: str, rejects: Rejects, summary: S
     """Every document that leaves something to train, as rows that fit; the others are counted by reason."""
     limit = _limit(options)
     seen: set[bytes] = set()
-    for where, line, fields in read_lines_of([source]):
+    for where, line, fields in _lines(source):
         if isinstance(fields, DataError):
             raise fields
         summary.rows += 1
@@ -153,6 +159,12 @@ def _made(options: Mask, maker: Maker, source: str, rejects: Rejects, summary: S
             raise error.located(where) from None
 
 
+def _lines(source: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | DataError]]:
+    if not is_indexed(source):
+        return read_lines_of([source])
+    return ((where, line, line_fields(line, where)) for where, line in indexed_lines(source))
+
+
 def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
     """Raise NothingTrained for a row that trains what one before it has trained; 16 bytes of each are remembered."""
     key = hashlib.blake2b(msgspec.json.encode((row.input_ids, row.labels, row.loss_weight)), digest_size=16).digest()
@@ -164,7 +176,8 @@ def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
 def _fitted(made: Made, limit: int | None, options: Mask, summary: Summary, seen: set[bytes]) -> Made:
     """The row, no longer than it may be. Raises NothingTrained."""
     if not made.row.trained():
-        raise causal.NothingTrained("nothing trained")
+        silent = _needs_turns(options) and not options.roles and not any(s.own for s in made.document.segments)
+        raise causal.NothingTrained("no turn of the model" if silent and made.document.segments else "nothing trained")
     if too_long := limit is not None and len(made.row.input_ids) > limit:
         if options.too_long == "error":
             raise DataError(f"{len(made.row.input_ids)} tokens, more than {limit}", None, "$.input_ids")

@@ -1,20 +1,17 @@
 """sft train: rows -> a model folder or an adapter, with everything a run leaves behind."""
 
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from sftcli import artifacts, console
+from sftcli import artifacts, console, signals
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint, json_line
 from sftcli.errors import SftError, UsageError
 from sftcli.model import resume
@@ -22,14 +19,16 @@ from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
-from sftcli.model.decoding import generate, in_order
+from sftcli.model.decoding import Completion, decode
 from sftcli.model.growth import Prompt, blanks_of_row
+from sftcli.model.probe import fitting_tokens
 from sftcli.model.processes import World, collect, is_worker, joined, together
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
 from sftcli.recipe import Generate, Lora, Train
 from sftcli.rows import IGNORE, Row
+from sftcli.stages.divergence import Spikes, refusal
 from sftcli.stages.training_job import (
     Job,
     Outcome,
@@ -88,8 +87,8 @@ def _train(
     start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
     _announce(job, where, start)
     if not has_enough(job):  # else early stopping had ended the run that is resumed
-        with _stop_signals(world.received):
-            _loop(job, start)
+        _fit(job, start)
+        _loop(job, start)
     return _finish(job, model)
 
 
@@ -136,69 +135,74 @@ def _processes(job: Job) -> str:
     return f", {size} processes ({job.options.parallel})" if size > 1 else ""
 
 
-@contextmanager
-def _stop_signals(received: list[int]) -> Iterator[None]:
-    """SIGINT and SIGTERM set a flag that the loop reads after each step; a second one ends the process at once."""
-
-    def handler(number: int, frame: Any) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs keep theirs
-            before[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def _fit(job: Job, start: int) -> None:
+    """Smaller forwards, if the longest do not fit in memory. Raises OutOfMemory."""
+    asked = job.options.micro_batch_tokens
+    if job.engine.world.size > 1 and job.options.parallel == "fsdp":
+        return  # a forward of one process is one of all: none can try alone
+    alone = replace(job.engine, world=World())
+    tokens = fitting_tokens(job.model, job.optimizers, job.row, job.plan, job.options, alone, start)
+    tokens = job.engine.world.least(tokens)
+    if tokens < asked:
+        job.options = job.options.model_copy(update={"micro_batch_tokens": tokens})
+        job.engine.world.from_first(lambda: artifacts.update_json(job.run / RUN, {"micro_batch_tokens": tokens}))
+        console.warn(f"train: out of memory: micro_batch_tokens is {tokens:,}, not {asked:,}; the steps stay the same")
 
 
 def _loop(job: Job, start: int) -> None:
-    """Train, and around every step: log, evaluate, answer samples, save."""
-    options, outcome, world = job.options, job.outcome, job.engine.world
-    every = options.eval_every or max(1, job.plan.steps // 10)
-    begin = time.monotonic()
-    reports = train_steps(
-        job.model,
-        job.optimizers,
-        lambda i: job.rows[job.train_rows[i]],
-        job.plan,
-        options,
-        job.engine,
-        job.lr,
-        start,
-    )
-    with open(world.path(job.run / METRICS), "ab") as metrics, console.live() as line:
-        for report, epoch_ends in reports:
-            outcome.add(report)
-            step = report.step
-            last = step == job.plan.steps
-            evaluation = None
-            if job.eval_rows and (step % every == 0 or last):
-                evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
-                outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
-            metrics.write(json_line(_metrics(report, evaluation)))
-            metrics.flush()
-            if _samples_due(options, step, evaluation, last):
-                _answer_samples(job, step)
-            line.show(_progress(job, report, begin, start), step / job.plan.steps)
-            if evaluation:
-                compare(job, evaluation.loss, step)
-            if _checkpoint_due(job, step, epoch_ends) or last or world.stop:
-                save_checkpoint(job, step)
-            if has_enough(job):
-                console.note(f"train: step {step}: no better eval loss in {options.patience} evaluations, stopping")
-                break
-            if world.stop and not last:
-                raise SftError(
-                    f"stopped after step {step} of {job.plan.steps}; a checkpoint is saved",
-                    128 + world.stop,
-                    hint="--resume goes on",
-                )
+    """Train, and after every step: log, evaluate, answer samples, save. A signal leaves a checkpoint behind."""
+    outcome, saved, begin = job.outcome, start, time.monotonic()
+    pending, spikes = [job.pending] if job.pending else [], Spikes()
+    world = job.engine.world
+    with signals.polled() as poll, open(world.path(job.run / METRICS), "ab") as metrics, console.live() as line:
+        job.engine = replace(job.engine, poll=world.agreed(poll))
+        steps = train_steps(job.model, job.optimizers, job.row, job.plan, job.options, job.engine, job.lr, start)
+        try:
+            for report, epoch_ends in chain(pending, steps):
+                job.pending = report, epoch_ends
+                _follow(job, report, metrics)
+                job.pending = None
+                spikes.watch(report)
+                line.show(_progress(job, report, begin, start), report.step / job.plan.steps)
+                if _checkpoint_due(job, report.step, epoch_ends) or report.step == job.plan.steps:
+                    save_checkpoint(job, report.step)
+                    saved = report.step
+                if has_enough(job):
+                    evaluations = f"{job.options.patience} evaluations"
+                    console.note(f"train: step {report.step}: no better eval loss in {evaluations}, stopping")
+                    break
+        except signals.Interrupted as stop:
+            raise _interrupted(job, saved, stop.code) from None
     outcome.seconds = time.monotonic() - begin
+
+
+def _follow(job: Job, report: Report, metrics: IO[bytes]) -> None:
+    """What follows a step: evaluation, its line in the log, samples. Raises SftError for one that is not finite."""
+    options, outcome, step = job.options, job.outcome, report.step
+    outcome.add(report)
+    refused = None if report.finite else refusal(job, report)
+    last, every = step == job.plan.steps, options.eval_every or max(1, job.plan.steps // 10)
+    evaluation = None
+    if job.eval_rows and (step % every == 0 or last) and not refused:
+        evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
+        outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
+    metrics.write(json_line(_metrics(report, evaluation)))
+    metrics.flush()
+    if refused:
+        raise refused
+    if _samples_due(options, step, evaluation, last):
+        _answer_samples(job, step)
+    if evaluation:
+        compare(job, evaluation.loss, step)
+
+
+def _interrupted(job: Job, saved: int, code: int) -> SftError:
+    """Save what is not yet saved: the last whole step. Half a step is dropped, half an evaluation done anew."""
+    step = job.outcome.steps
+    if step > saved:
+        save_checkpoint(job, step)
+    told = "a checkpoint is saved" if step else "nothing is lost"
+    return SftError(f"stopped after step {step} of {job.plan.steps}; {told}", code, hint="--resume goes on")
 
 
 def _checkpoint_due(job: Job, step: int, epoch_ends: bool) -> bool:
@@ -211,6 +215,8 @@ def _checkpoint_due(job: Job, step: int, epoch_ends: bool) -> bool:
 
 def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
     line = {name: value for name, value in asdict(report).items() if value != {}}  # no rows with turns, no role
+    if report.finite:
+        del line["finite"]
     line |= {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
     if evaluation:
         line |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, "eval_tokens": evaluation.tokens}
@@ -219,7 +225,7 @@ def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
 
 def _progress(job: Job, report: Report, begin: float, start: int) -> str:
     spent = time.monotonic() - begin
-    left = spent / (report.step - start) * (job.plan.steps - report.step)
+    left = spent / max(report.step - start, 1) * (job.plan.steps - report.step)
     held = f"  eval {job.outcome.eval_loss:.3f}" if job.outcome.eval_loss is not None else ""
     return (
         f"train {report.step}/{job.plan.steps}  epoch {report.epoch:.1f}  loss {job.outcome.loss or 0:.3f}{held}  "
@@ -237,11 +243,8 @@ def _answer_samples(job: Job, step: int) -> None:
     """Answer the first turn of a few held-out rows (training rows where there are none) into samples.jsonl."""
     rows = job.eval_rows or (job.rows[i] for i in job.train_rows)
     asked = list(islice(filter(None, map(_first_turn, rows)), job.options.sample_rows))
-    options = Generate(max_new_tokens=job.options.sample_tokens)
-    stops = job.stops or stop_ids(job.folder.path)
-    with together(job.model):
-        answers = list(in_order(generate(job.model, [prompt for prompt, _ in asked], options, stops)))
-    with open(job.engine.world.path(job.run / SAMPLES), "ab") as file, job.engine.autocast():
+    answers = _answers(job, [prompt for prompt, _ in asked])
+    with open(job.engine.world.path(job.run / SAMPLES), "ab") as file:
         for (prompt, reference), answer in zip(asked, answers, strict=True):
             sample = {
                 "step": step,
@@ -252,6 +255,16 @@ def _answer_samples(job: Job, step: int) -> None:
                 "finish_reason": answer.finish_reason,
             }
             file.write(json_line(sample))
+
+
+def _answers(job: Job, prompts: list[Prompt]) -> list[Completion]:
+    options = Generate(max_new_tokens=job.options.sample_tokens)
+    found = []
+    with job.engine.autocast(), together(job.model):
+        for event in decode(job.model, prompts, options, job.stops or stop_ids(job.folder.path)):
+            job.engine.poll()
+            found += [event] if isinstance(event, Completion) else []
+    return sorted(found, key=lambda answer: answer.number)
 
 
 def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:

@@ -35,8 +35,9 @@ from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
+HOW = ("device", "dtype", "micro_batch_tokens", "gradient_checkpointing")  # a step is computed: not which step it is
+FREE = ("save_dtype", "shard_size", "nonfinite_skips", "nproc", "parallel", "process_timeout")  # no step depends on it
 BLANK = 0.05  # of the usual distance from the mean embedding
-HARMLESS = {"save_dtype", "shard_size", "nproc", "parallel", "process_timeout"}  # may differ when a run is resumed
 STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER, artifacts.CHECKPOINTS)  # what a new training run replaces
 
 
@@ -57,6 +58,8 @@ class Outcome:
     def add(self, report: Report) -> None:
         self.steps = report.step
         self.tokens += report.tokens
+        if not report.finite:
+            return
         if math.isnan(report.loss):
             self.skipped += 1
         else:
@@ -83,7 +86,12 @@ class Job:
     settings: dict[str, Any]
     best: tuple[float, int] | None = None  # eval loss, step
     since_best: int = 0
+    pending: tuple[Report, bool] | None = None  # a step (and whether it ends an epoch) that was taken, not yet told of
     outcome: Outcome = field(default_factory=Outcome)
+
+    def row(self, number: int) -> Row:
+        """Of the rows that are trained."""
+        return self.rows[self.train_rows[number]]
 
 
 def open_rows(source: str | Sequence[str], run: Path, world: World) -> tuple[RowFile, str, list[tuple[Input, int]]]:
@@ -174,7 +182,7 @@ def make_job(
         codec=codec,
         stops=trained_stops(rows, codec.special_ids),
         settings={
-            "options": options.model_dump(mode="json", exclude=HARMLESS),
+            "options": options.model_dump(mode="json", exclude={*HOW, *FREE}),
             "rows": file_fingerprint(rows.path),
             "weights": [[item.share, item.rows, count] for item, count in inputs] if parts else None,
             "eval_data": _file_identity(options.eval_data),
@@ -183,6 +191,8 @@ def make_job(
             "device": str(engine.device),
             "dtype": str(engine.dtype),
             "processes": engine.world.size,
+            "micro_batch_tokens": options.micro_batch_tokens,
+            "gradient_checkpointing": options.gradient_checkpointing,
         },
     )
 
@@ -251,6 +261,8 @@ def start_over(job: Job) -> int:
     for name in STALE_AFTER:
         path = job.run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in job.run.glob("diverged-step-*.jsonl"):
+        path.unlink()
     facts = {
         "sftcli": sftcli.__version__,
         "torch": str(torch.__version__),
@@ -275,15 +287,18 @@ def resume_job(job: Job) -> int:
         before = facts["settings"].get(name)
         if before == now:
             continue
-        if name in ("threads", "device", "dtype", "processes"):
+        if name in ("threads", "processes", *HOW):
             console.warn(f"train: {name} was {before}, is {now}: the run goes on, but not bit for bit")
         else:
             raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
     step = int(facts["step"])
     job.best = tuple(facts["best"]) if facts.get("best") else None
     job.since_best = int(facts.get("since_best", 0))
+    if pending := facts.get("pending"):
+        report: dict[str, Any] = {name: math.nan if value is None else value for name, value in pending[0].items()}
+        job.pending = Report(**report), pending[1]
     for name in (METRICS, SAMPLES):
-        _cut_back(job.engine.world.path(job.run / name), step)
+        _cut_back(job.engine.world.path(job.run / name), step - bool(pending))  # what follows the step is done anew
     console.note(f"train: resuming after step {step}")
     return step
 
@@ -317,6 +332,7 @@ def has_enough(job: Job) -> bool:
 
 def save_checkpoint(job: Job, step: int) -> None:
     facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
+    facts["pending"] = job.pending
     if job.best and job.options.patience:
         facts["best_step"] = job.best[1]
     resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep, job.engine.world)

@@ -157,6 +157,11 @@ def huggingface(row: Row) -> dict[str, Any]:
     return line
 
 
+def neox_document(row: Row, trained: list[float]) -> tuple[list[int], list[int]]:
+    """GPT-NeoX's `text` and `label` of a row, unpadded."""
+    return row.input_ids, [token if weight else IGNORE for token, weight in zip(row.input_ids, trained, strict=True)]
+
+
 def neox(row: Row, trained: list[float], seq_len: int) -> dict[str, Any]:
     """GPT-NeoX's view of a row: `text` and `label` of seq_len + 1, and the batch it makes of them.
 
@@ -164,8 +169,8 @@ def neox(row: Row, trained: list[float], seq_len: int) -> dict[str, Any]:
     Source: megatron/training.py:get_batch_pipe, megatron/utils.py:get_ltor_masks_and_position_ids.
     """
     pad = seq_len + 1 - len(row.input_ids)
-    text = row.input_ids + [NEOX_PAD] * pad
-    label = [token if weight else IGNORE for token, weight in zip(row.input_ids, trained, strict=True)] + [IGNORE] * pad
+    ids, labels = neox_document(row, trained)
+    text, label = ids + [NEOX_PAD] * pad, labels + [IGNORE] * pad
     return {
         "id": row.id,
         "text": text,
