@@ -32,7 +32,7 @@ NO_ROW = Row(
 )
 STOPS = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
 ROLL_CALL = 3.0  # seconds that a process has to say that it is there
-LOST = ("gloo", "nccl", "connection", "broken pipe", "timed out", "store")  # in torch's words for a lost process
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in the words of backends
 PATIENCE = math.inf  # seconds: for what only process 0 does; if it dies, the store or the launcher tells
 
 
@@ -153,9 +153,8 @@ class World:
         return value
 
     def meet(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            dist.barrier()
+        """Wait until every process is here (dist.barrier would do so on GPUs, before each has its own)."""
+        self.least(0)
 
     # ---- how it ends
 
@@ -218,7 +217,7 @@ def joined(timeout: int) -> Iterator[World]:
             raise SystemExit(int(error.code)) from None
         raise
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in LOST):
+        if not (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)):
             raise
         raise _lost(world, error) from None
     finally:
@@ -270,9 +269,11 @@ def together(model: nn.Module) -> Iterator[None]:
     sharded = hasattr(model, "unshard")
     if sharded:
         model.unshard()  # type: ignore[operator]
-    yield
-    if sharded:
-        model.reshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if sharded:
+            model.reshard()  # type: ignore[operator]
 
 
 # ---- tensors that may be shards
