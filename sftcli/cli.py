@@ -17,8 +17,10 @@ from sftcli.flags import (
     LearningRate,
     Lengths,
     Level,
+    MaskPositions,
     Model,
     ModelOrRecipe,
+    NextSentence,
     ObjectiveSeed,
     Order,
     Output,
@@ -84,7 +86,7 @@ def init(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Add --template and its control tokens to this model instead.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="llama or gpt2.")] = None,
+    preset: Annotated[str | None, typer.Option(help="llama, gpt2 or bert.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE.")] = None,
     template: Template = None,
     template_text: TemplateText = None,
@@ -190,6 +192,8 @@ def mask(
     lengths: Lengths = None,
     places: Places = None,
     order: Order = None,
+    mask_positions: MaskPositions = None,
+    nsp: NextSentence = None,
     seed: ObjectiveSeed = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Names tokens in what is shown.")] = None,
     recipe: RecipeFile = None,
@@ -203,12 +207,12 @@ def mask(
     from sftcli.stages.mask import mask as stage
 
     dies_with_its_reader()
-    drawn = {"level": level, "spans": spans, "lengths": lengths, "places": places, "order": order, "seed": seed}
+    drawn = {"level": level, "spans": spans, "lengths": lengths, "places": places, "order": order}
     options = filter_options(
         output,
         "mask",
         recipe,
-        [*objective_settings(objective, **drawn), *settings],
+        [*objective_settings(objective, **drawn, mask_positions=mask_positions, nsp=nsp, seed=seed), *settings],
         train_on=train_on,
         roles=roles,
         no_match=no_match,
@@ -305,7 +309,8 @@ def generate(
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
 ) -> None:
-    """Prompts -> completions, in input order.
+    """Prompts -> completions, in input order. A model that fills masks (sft mask --objective bert) gives back each text
+    with its [MASK] tokens filled.
 
     jq -c '{prompt}' q.jsonl | sft generate - -m run --batch-size 32 > answers.jsonl
     """

@@ -41,12 +41,16 @@ Adapters = Annotated[
     typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),
 ]
 TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
-Kind = Annotated[str | None, typer.Option("--objective", metavar="KIND", help="causal (default) or glm; its flags:")]
+Kind = Annotated[
+    str | None, typer.Option("--objective", metavar="KIND", help="causal (default), glm or bert; its flags:")
+]
 Level = Annotated[str | None, typer.Option(help="glm: token, sentence, document, or sft.")]
 Spans = Annotated[str | None, typer.Option(metavar="A:B,...", help="glm: these blanks instead of drawn ones,")]
 Lengths = Annotated[str | None, typer.Option(metavar="N,...", help="glm: or blanks of these lengths")]
 Places = Annotated[str | None, typer.Option(metavar="N,...", help="glm: at these places,")]
 Order = Annotated[str | None, typer.Option(metavar="I,...", help="glm: filled in this order.")]
+MaskPositions = Annotated[str | None, typer.Option(metavar="N,...", help="bert: mask these instead of drawn tokens.")]
+NextSentence = Annotated[bool | None, typer.Option("--nsp/--no-nsp", help="bert: pairs of sentences (default).")]
 ObjectiveSeed = Annotated[int | None, typer.Option("--seed", help="Of what the objective draws.")]
 
 

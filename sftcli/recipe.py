@@ -33,11 +33,13 @@ def _kind(value: Any) -> Any:
 
 
 def _controls(value: Any) -> Any:
-    """`glm` means the control tokens of blank infilling."""
-    return list(GLM_CONTROLS) if value == "glm" else _listed(value)
+    """`glm` means the control tokens of blank infilling, `bert` those of masked LM."""
+    return list(OBJECTIVE_CONTROLS[value]) if value in ("glm", "bert") else _listed(value)
 
 
 GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
+MASKED_LM_CONTROLS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": tuple(MASKED_LM_CONTROLS.values())}
 Controls = Annotated[list[str], BeforeValidator(_controls)]
 Files = Annotated[list[str], BeforeValidator(_listed)]
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
@@ -50,18 +52,18 @@ class Init(Options):
     """A tokenizer and an empty GPT, from data."""
 
     data: Files = []
-    preset: Literal["llama", "gpt2"] = "llama"
+    preset: Literal["llama", "gpt2", "bert"] = "llama"
     tokenizer: Literal["bpe", "whitespace"] = "bpe"
     vocab_size: Positive = 1024
     template: str = "chatml"
     template_text: str | None = None
-    controls: Controls = []  # control tokens beside the template's; `glm`: those of blank infilling
+    controls: Controls = []  # control tokens beside the template's; `glm`, `bert`: those of an objective
     columns: Columns = {}
     layers: Positive = 6
     heads: Positive = 6
     kv_heads: Positive | None = None  # None: as many as heads
     width: Positive = 192
-    mlp_width: Positive | None = None  # None: 8/3 of the width (llama), 4 times the width (gpt2)
+    mlp_width: Positive | None = None  # None: 8/3 of the width (llama), 4 times the width (gpt2, bert)
     context: Positive = 512
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     tied: bool = True  # one matrix for embedding and head
@@ -72,8 +74,10 @@ class Init(Options):
             raise ValueError(f"width {self.width} must be heads {self.heads} times an even number")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
-        if self.preset == "gpt2" and self.kv_heads not in (None, self.heads):
-            raise ValueError("gpt2 has as many kv_heads as heads")
+        if self.preset != "llama" and self.kv_heads not in (None, self.heads):
+            raise ValueError(f"{self.preset} has as many kv_heads as heads")
+        if self.preset == "bert" and not self.tied:
+            raise ValueError("bert's embedding is its head, too: tied cannot be false")
         return self
 
 
@@ -147,13 +151,29 @@ class BlankInfilling(Options):
         return self
 
 
+class MaskedLM(Options):
+    """BERT's: tokens are hidden and told from all others; and whether the second half of a row follows its first."""
+
+    kind: Literal["bert"] = "bert"
+    nsp: bool = True  # pairs of sentences; False: pieces of the text, no second loss
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15  # the share of a row that is chosen ...
+    max_predictions: Positive = 20  # ... and the most tokens of it
+    short: Share = 0.1  # how often a pair is made shorter than it may be
+    copies: Positive = 1  # of each document, drawn anew
+    seed: Seed = 0
+    mask_positions: Numbers = []  # of each row, instead of drawn ones; all of them become [MASK]
+    mask: Count | None = None  # ids; None: the tokenizer's [MASK],
+    cls: Count | None = None  # [CLS]
+    sep: Count | None = None  # and [SEP]
+
+
 def _objective(value: Any) -> Any:
     """Options without a kind are those of the causal objective."""
     value = _kind(value)
     return {"kind": "causal"} | value if isinstance(value, dict) else value
 
 
-Objective = Annotated[Causal | BlankInfilling, Field(discriminator="kind"), BeforeValidator(_objective)]
+Objective = Annotated[Causal | BlankInfilling | MaskedLM, Field(discriminator="kind"), BeforeValidator(_objective)]
 
 
 class Mask(Options):

@@ -111,7 +111,7 @@ def _sections(annotation: Any) -> list[type[Options]]:
 
 def _is_tag(part: str) -> bool:
     """pydantic puts the tag of a union into the path of an error; people did not write it there."""
-    return part in ("adamw", "muon", "lora", "prefix", "prompt", "causal", "glm")
+    return part in ("adamw", "muon", "lora", "prefix", "prompt", "causal", "glm", "bert")
 
 
 def _names_beside(kind: type[Options], loc: list[Any]) -> list[str]:

@@ -39,6 +39,8 @@ def show_row(row: Row, names: Names, segments: Sequence[Segment] = (), stderr: b
     colour = console.coloured(stderr)
     weight = row.loss_weight or [1.0] * len(row.input_ids)
     title = f"--- row {row.id}: {len(row.input_ids)} tokens, {row.trained()} trained"
+    if row.next_sentence_label is not None:
+        title += ", B is random" if row.next_sentence_label else ", B follows A"
     screen.print(console.styled([(title, "bold")]))
     for start, end, role in _runs(row, segments):
         screen.print(_line(row, weight, (start, end), role, names, colour))
@@ -118,12 +120,12 @@ def _grid(row: Row) -> "list[Text]":
     size = len(row.input_ids)
     if row.order is None or size > WHOLE_TABLE:
         return []
-    lines = [f"{'at':>6}  {'pos':>4}  {'block':>5}  sees"]
+    second, values = ("type", row.token_type_ids) if row.token_type_ids else ("block", row.block_position_ids)
+    lines = [f"{'at':>6}  {'pos':>4}  {second:>5}  sees"]
     for t, order in enumerate(row.order):
         seen = "".join("1" if other <= order else "0" for other in row.order)
         position = row.position_ids[t] if row.position_ids else t
-        block = row.block_position_ids[t] if row.block_position_ids else 0
-        lines.append(f"{t:>6}  {position:>4}  {block:>5}  {seen}")
+        lines.append(f"{t:>6}  {position:>4}  {values[t] if values else 0:>5}  {seen}")
     return [console.styled([(line, "" if i else "bold")]) for i, line in enumerate(lines)]
 
 

@@ -3,7 +3,7 @@
     python tests/make_frozen.py
 
 families.json holds the configurations; families.safetensors every tensor as "family/name" in float16, and the expected
-logits of IDS as "family/" in float32. They keep the families covered where transformers is not installed.
+logits of IDS as "family/" in float32; bert.json and bert.safetensors those of a BertForPreTraining. They keep the families covered where transformers is not installed.
 """
 
 import json
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from family_cases import FAMILIES, build, read_config, their_logits
+from family_cases import FAMILIES, build, randomise, read_config, their_logits
 
 from sftcli.model.tensorfile import write_tensors
 
 HERE = Path(__file__).parent / "frozen"
 CONFIGS, TENSORS = HERE / "families.json", HERE / "families.safetensors"
+BERT_CONFIG, BERT_TENSORS = HERE / "bert.json", HERE / "bert.safetensors"
 FROZEN_VOCABULARY = 32
 IDS = [5, 17, 3, 29, 11, 8, 23, 14, 30, 6, 19, 27]  # longer than the window
 
@@ -71,12 +72,31 @@ def freeze(name: str, path: Path) -> dict[str, torch.Tensor]:
     return {f"{name}/": logits} | {f"{name}/{key}": value.half() for key, value in tensors.items()}
 
 
+def freeze_bert(path: Path) -> None:
+    import transformers
+
+    model = transformers.BertForPreTraining(transformers.BertConfig(**SIZES | {"vocab_size": FROZEN_VOCABULARY})).eval()
+    randomise(model, 5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    types = [0] * 7 + [1] * (len(IDS) - 7)
+    with torch.no_grad():
+        found = model(torch.tensor([IDS]), token_type_ids=torch.tensor([types]))
+    model.save_pretrained(path)
+    tensors = {key: value.half() for key, value in safetensors.torch.load_file(path / "model.safetensors").items()}
+    expected = {"logits": found.prediction_logits[0], "following": found.seq_relationship_logits}
+    write_tensors(BERT_TENSORS, tensors | expected)
+    config = read_config(path) | {"dtype": "float16"}
+    BERT_CONFIG.write_text(json.dumps({"ids": IDS, "types": types, "config": config}, indent=1) + "\n")
+
+
 def main() -> None:
     tensors, configs = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in FAMILIES:
             tensors |= freeze(name, Path(temporary, name))
             configs[name] = read_config(Path(temporary, name)) | {"dtype": "float16"}
+        freeze_bert(Path(temporary, "bert"))
     HERE.mkdir(exist_ok=True)
     write_tensors(TENSORS, tensors)
     CONFIGS.write_text(json.dumps({"ids": IDS, "configs": configs}, indent=1) + "\n")

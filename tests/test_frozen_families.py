@@ -31,7 +31,7 @@ def checkpoint(request, tmp_path):
 
 
 def test_every_family_is_frozen():
-    assert set(SUPPORTED) == set(FAMILIES) == set(frozen()[0]["configs"])
+    assert set(SUPPORTED) - {"bert"} == set(FAMILIES) == set(frozen()[0]["configs"])  # bert: test_bert.py
 
 
 def test_logits_equal_frozen_ones(checkpoint):

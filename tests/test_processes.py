@@ -20,12 +20,10 @@ from conftest import ROOT
 from model_fixtures import (
     CPU,
     assert_equal_gradients,
-    gradients,
     make_row,
     make_rows,
     metrics,
     model_folder,
-    model_of,
     random_ids,
     read_jsonl,
     write_jsonl,
@@ -37,8 +35,8 @@ from sftcli.errors import Exit, SftError
 from sftcli.model import optim
 from sftcli.model.adapters import adapt
 from sftcli.model.batches import micro_batches
-from sftcli.model.checkpoint import open_folder
-from sftcli.model.processes import NO_ROW, World, dealt, joined, whole
+from sftcli.model.checkpoint import add_masked_lm, load_model, open_folder
+from sftcli.model.processes import World, dealt, joined, whole
 from sftcli.model.training import Plan, accumulate, train_steps
 from sftcli.recipe import Train
 from sftcli.recipefile import apply_settings, parse
@@ -52,6 +50,7 @@ MODELS = {  # name -> preset, how it is spread, settings
     "lora, ddp": ("gpt2", "ddp", LORA),
     "full, fsdp": ("gpt2", "fsdp", ("gradient_checkpointing=true",)),
     "lora, fsdp": ("llama", "fsdp", (*LORA, "adapter.dora=true", "loss.neftune=5")),
+    "pairs, ddp": ("llama", "ddp", ()),
     "prefix, fsdp": ("llama", "fsdp", ("adapter.kind=prefix", "adapter.mlp=8")),
 }
 RUNS = {  # name -> settings, the step after which process 1 receives SIGTERM: they end with the next one
@@ -74,19 +73,33 @@ def options_of(*settings):
     return parse(Train, apply_settings({}, given), section="train")
 
 
-def some_rows():
+def some_rows(pairs):
+    if pairs:
+        return [pair_row(i, n) for i, n in enumerate(LENGTHS)]
     return [
         make_row(ids := random_ids(n, i), [-100, *ids[1:]], f"r{i}", source=f"s{i % 3}", turns=[[0, 1, "user", 0], [1, n, "assistant", 1 + i % 2]])
         for i, n in enumerate(LENGTHS)
     ]  # fmt: skip
 
 
+def pair_row(i, length):
+    """Masked LM over two halves: every third token is scored."""
+    ids = random_ids(length, i)
+    labels = [token if t % 3 == 0 else -100 for t, token in enumerate(ids)]
+    return make_row(
+        ids, labels, f"r{i}", align="same", order=[0] * length, token_type_ids=[0] * 2 + [1] * (length - 2), next_sentence_label=i % 2
+    )  # fmt: skip
+
+
 def one_model(folder, name, world):
     """What a step of it takes and leaves: gradients of eight rows and of one, weights and reports of three steps."""
     preset, parallel, settings = MODELS[name]
-    options, rows = options_of("batch_rows=4", "epochs=1", *settings), some_rows()
+    pairs = name.startswith("pairs")
+    options, rows = options_of("batch_rows=4", "epochs=1", *settings), some_rows(pairs)
     opened = open_folder(folder / preset)
-    model = model_of(folder / preset)
+    if pairs:
+        add_masked_lm(opened, True)
+    model = load_model(opened)
     if options.adapter:
         adapt(model, opened.family, options.adapter, 0)
     model.gradient_checkpointing = options.gradient_checkpointing
@@ -238,21 +251,13 @@ def test_every_process_has_as_many_forwards(count, limit):
     rows = make_rows(LENGTHS[:count])
     shares = [World(rank, 4).micro_batches(rows, limit) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1
-    there = [row.id for share in shares for part in share for row in part if row is not NO_ROW]
+    there = [row.id for share in shares for part in share for row in part]
     assert sorted(there) == sorted(row.id for row in rows)
 
 
 def test_one_process_has_the_micro_batches_that_it_had():
     rows = make_rows([9, 5, 9, 2, 5, 9])
     assert World().micro_batches(rows, 14) == list(micro_batches(rows, 14))
-
-
-def test_forward_without_rows_gives_every_parameter_a_gradient_of_zero(pair):
-    model = model_of(pair / "llama")
-    accumulate(model, [NO_ROW], 10, CPU)
-    found = gradients(model)
-    assert set(found) == {name for name, _ in model.named_parameters()}
-    assert not any(bool(g.any()) for g in found.values())
 
 
 def test_dropout_is_seeded_by_process_and_step_and_alone_as_ever():

@@ -118,7 +118,7 @@ def test_set_without_an_equal_sign_is_refused(tmp_path):
         ("train: {epochs: 0}", "r.yaml: train.epochs: input should be greater than 0, got 0"),
         ("train: {batch_tokens: 1.5}", "r.yaml: train.batch_tokens: "),
         ("mask: {too_long: cut}", "r.yaml: mask.too_long: input should be 'drop', 'error', 'truncate-prompt' or 'truncate'"),
-        ("init: {preset: llama3}", "r.yaml: init.preset: input should be 'llama' or 'gpt2', got 'llama3'"),
+        ("init: {preset: llama3}", "r.yaml: init.preset: input should be 'llama', 'gpt2' or 'bert', got 'llama3'"),
         ("init: {width: 100, heads: 6}", "r.yaml: init: width 100 must be heads 6 times an even number"),
         ("init: {kv_heads: 4}", "r.yaml: init: heads 6 must be a multiple of kv_heads 4"),
         ("init: {preset: gpt2, kv_heads: 2}", "r.yaml: init: gpt2 has as many kv_heads as heads"),

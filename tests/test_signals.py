@@ -225,7 +225,7 @@ def test_sft_run_ends_in_any_stage_and_goes_on(tmp_path, number, code):
     stages = [
         signalled(init, "train_bpe", 1, number),
         signalled(tokenize, "encode_lines", 1, number),
-        signalled(mask, "_rows", 9, number),
+        signalled(mask, "_document", 9, number),
         signalled(training_job, "load_model", 1, number),
         in_forward(True, 2, number),
         signalled(checkpoint, "write_shards", 1, number),

@@ -7,6 +7,7 @@ from conversations import make_chats, make_sharegpt, make_tool_rows
 from exercises import make_instructions, make_word_problems
 from pipe_questions import make_pipe_splits
 from sql_questions import make_splits
+from trades import make_texts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAIN_ROWS = 4000
@@ -30,6 +31,7 @@ def make_all():
         "alpaca.jsonl": make_instructions(23, 60),
         "sharegpt.jsonl": make_sharegpt(24, 40),
         "qa.jsonl": make_word_problems(25, 200),
+        "texts.jsonl": make_texts(26, 2400),
     }
 
 

@@ -55,16 +55,19 @@ class Sight:
     prefix: tuple[Tensor, Tensor] | None = None  # keys and values (G, P, D) that every query sees
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, sight: Sight) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, sight: Sight, full: bool = False) -> Tensor:
     """Softmax attention. q (B, H, Q, D); k, v (B, G, K, D), G key heads shared by H/G query heads each.
 
-    `seen` (B, 1, Q, K) or broadcastable; None means plain causal over Q = K.
+    `seen` (B, 1, Q, K) or broadcastable; None means plain causal over Q = K or, if `full`, that all see all.
     """
+    if full and seen is None and (sight.prefix is not None or sight.cap is not None):
+        seen = torch.ones(1, 1, q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
     if sight.prefix is not None:
         k, v, seen = _with_prefix(sight.prefix, q, k, v, seen)
     if sight.cap is None:
+        causal, grouped = seen is None and not full, q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=seen is None, scale=sight.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=seen, is_causal=causal, scale=sight.scale, enable_gqa=grouped
         )
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
@@ -124,17 +127,21 @@ class Prefixed:
 
 
 class Group:
-    """Consecutive rows of one length; `order` (rows, length) where they are not plain causal."""
+    """Consecutive rows of one length; `order` (rows, length) where they are not plain causal.
+
+    `full`: no token comes before another, as in masked LM, so all see all where no window hides one.
+    """
 
     def __init__(self, rows: int, length: int, order: Tensor | None = None):
         self.rows, self.length, self.order = rows, length, order
+        self.full = order is not None and bool((order == order[:, :1]).all())
         self._seen: dict[int | None, Tensor] = {}
 
     def seen(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Who sees whom (rows or 1, 1, length, length); None: plain causal."""
+        """Who sees whom (rows or 1, 1, length, length); None: plain causal or, in a `full` group, all see all."""
         if window is not None and window >= self.length:
             window = None
-        if self.order is None and window is None:
+        if window is None and (self.order is None or self.full):
             return None
         if window not in self._seen:
             index = torch.arange(self.length, device=device)[None]  # (1, length)
@@ -166,7 +173,7 @@ class RowAttention:
         shape = (group.rows, group.length)
         q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))  # (rows, heads, length, D)
         seen = group.seen(sight.window, q.device)
-        return attend(q, k, v, seen, sight).transpose(1, 2).flatten(0, 1)  # (tokens, H, D)
+        return attend(q, k, v, seen, sight, group.full).transpose(1, 2).flatten(0, 1)  # (tokens, H, D)
 
 
 class KeepingAttention(RowAttention):

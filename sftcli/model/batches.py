@@ -27,12 +27,15 @@ class Batch:
     ids: Tensor  # (T,)
     positions: Tensor  # (T,)
     blocks: Tensor | None  # (T,) block positions; None: 0 everywhere
+    types: Tensor | None  # (T,) token types; None: 0 everywhere
     attention: RowAttention
     scored: Tensor  # (N,) where in T a prediction is scored
     targets: Tensor  # (N,) the id to predict there
     weights: Tensor  # (N,) float32
     rows: list[Row]  # in the batch's order
     scored_per_row: list[int]
+    starts: Tensor  # (pairs,) where in T the rows begin that have a next-sentence label
+    pairs: Tensor | None  # (pairs,) those labels; None: no row has one
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; copies do not wait for it."""
@@ -43,7 +46,10 @@ class Batch:
         for group in self.attention.groups:
             group.order = None if group.order is None else move(group.order)
         self.ids, self.positions, self.scored = move(self.ids), move(self.positions), move(self.scored)
-        self.blocks = None if self.blocks is None else move(self.blocks)
+        self.starts = move(self.starts)
+        for name in ("blocks", "types", "pairs"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else move(value))
         self.targets, self.weights = move(self.targets), move(self.weights)
         return self
 
@@ -54,6 +60,8 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     blocks: list[int] = []
+    types: list[int] = []
+    starts: list[int] = []
     scored: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
@@ -68,20 +76,30 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
             own.append(weight)
         weights += reduced(row, own, reduction)
         counts.append(len(scored) - before)
+        starts += [base] if row.next_sentence_label is not None else []
         ids += row.input_ids
         positions += row.position_ids or range(len(row.input_ids))
         blocks += row.block_position_ids or [0] * len(row.input_ids)
+        types += row.token_type_ids or [0] * len(row.input_ids)
     return Batch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
         blocks=torch.tensor(blocks) if any(blocks) else None,
+        types=torch.tensor(types) if any(types) else None,
         attention=RowAttention(groups_of(ordered)),
         scored=torch.tensor(scored, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),
         rows=ordered,
         scored_per_row=counts,
+        starts=torch.tensor(starts, dtype=torch.long),
+        pairs=torch.tensor([row.next_sentence_label for row in in_pairs(ordered)]) if starts else None,
     )
+
+
+def in_pairs(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a next-sentence label; in a run they are all or none."""
+    return [row for row in rows if row.next_sentence_label is not None]
 
 
 def aligned(row: Row) -> Iterator[tuple[int, int, float]]:
@@ -123,7 +141,9 @@ def weight_of(rows: Sequence[Row], reduction: str = "token") -> float:
 
 def weights_by_loss(rows: Sequence[Row], reduction: str) -> dict[str, float]:
     """What a step divides each loss of the model by, by its name: known before the first forward."""
-    return {"nll": weight_of(rows, reduction)}
+    tokens = weight_of(rows, reduction)
+    pairs = float(len(in_pairs(rows)))
+    return {"mlm": tokens, "nsp": pairs} if pairs else {"nll": tokens}
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:

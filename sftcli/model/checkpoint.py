@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sftcli.artifacts import atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
-from sftcli.model.gpt import GPT, GPTConfig
+from sftcli.model.gpt import GPT, TOKEN_TYPES, GPTConfig
 from sftcli.model.tensorfile import (
     EXTRA,
     Entry,
@@ -35,7 +35,9 @@ COMPANIONS = (
     "merges.txt",
 )
 
-EXTRAS = {"block_position.weight": "block_positions"}  # its tensors, and the switch in GPTConfig of each
+# tensors that an objective adds to a family that lacks them, and the switch in GPTConfig of each
+EXTRAS = {"block_position.weight": "block_positions", "token_type.weight": "token_types"}
+EXTRAS |= dict.fromkeys(("pooler.weight", "pooler.bias", "nsp.weight", "nsp.bias"), "nsp_head")
 MAX_PARAMETERS = 1 << 40
 SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,18 +88,34 @@ def open_folder(path: Path) -> ModelFolder:
     files = weight_files(path)
     folder = ModelFolder(path, config_json, family, config, files, {})
     if files:
+        folder.config = _with_optional(folder)
         folder.entries = _checked_entries(folder)
     if (path / EXTRA).is_file():
         _open_extra(folder)
     return folder
 
 
+def _with_optional(folder: ModelFolder) -> GPTConfig:
+    """The config, with what the family's files may lack switched on where this one has it."""
+    if not folder.family.optional:
+        return folder.config
+    held = {folder.family.upstream_name(entry.name) for path in folder.files for entry in read_entries(path)}
+    switches: dict[str, Any] = {switch: name in held for name, switch in folder.family.optional.items()}
+    return replace(folder.config, **switches)
+
+
 def _open_extra(folder: ModelFolder) -> None:
     """Read the header of extra.safetensors and turn on what it is for. Raises CheckpointError."""
     folder.extra = {entry.name: entry for entry in read_entries(folder.path / EXTRA)}
-    if unknown := set(folder.extra) - set(EXTRAS):
+    own = {name for stored in folder.family.tensors(folder.config) for name in stored.ours}
+    if unknown := set(folder.extra) - (set(EXTRAS) - own):
         raise CheckpointError(f"{folder.path / EXTRA}: tensor {min(unknown)} has no place in the model")
-    folder.config = replace(folder.config, **{EXTRAS[name]: True for name in folder.extra})  # type: ignore[arg-type]
+    switches: dict[str, Any] = {EXTRAS[name]: True for name in folder.extra}
+    if "token_types" in switches:
+        switches["token_types"] = TOKEN_TYPES
+    folder.config = replace(folder.config, **switches)
+    if missing := {name for name in EXTRAS if EXTRAS[name] in switches} - set(folder.extra):
+        raise CheckpointError(f"{folder.path / EXTRA}: tensor {min(missing)} is missing")
     for name, entry in folder.extra.items():
         wanted = tuple(shapes_of(folder.config)[name])
         if entry.shape != wanted:
@@ -108,6 +126,15 @@ def add_block_positions(folder: ModelFolder) -> None:
     """Models loaded from the folder have a table of block positions: the stored one, else zeros, which change nothing
     (in a model that is drawn from a seed: drawn, too)."""
     folder.config = replace(folder.config, block_positions=True)
+
+
+def add_masked_lm(folder: ModelFolder, pairs: bool) -> None:
+    """Models loaded from the folder have a table of token types and, for `pairs`, a head for next sentences: stored
+    ones, else zeros (the table: it changes nothing) and drawn ones (the head)."""
+    nsp = folder.config.nsp_head or pairs
+    if nsp and folder.family.optional:  # the family's own head
+        folder.json["architectures"] = ["BertForPreTraining"]
+    folder.config = replace(folder.config, token_types=folder.config.token_types or TOKEN_TYPES, nsp_head=nsp)
 
 
 def _check_config(config: GPTConfig) -> None:
@@ -128,10 +155,10 @@ def _checked_entries(folder: ModelFolder) -> dict[str, Entry]:
     for path in folder.files:
         for entry in read_entries(path):
             name = family.upstream_name(entry.name)
-            if name.endswith(family.buffers):
-                continue
             if name in wanted:
                 _check_shape(wanted[name], entry, shapes)
+            elif name.endswith(family.buffers):
+                continue
             elif not (config.tied and name == family.head):  # a copy that tying makes
                 raise CheckpointError(f"{path}: tensor {entry.name} has no place in the model")
             if name in found:
@@ -169,7 +196,7 @@ def load_model(folder: ModelFolder, seed: int = 0, dtype: torch.dtype = torch.fl
         return model
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {tensor.name: tensor for tensor in folder.family.tensors(folder.config)}
-    _fill_extra(folder, parameters)
+    _fill_extra(folder, parameters, seed)
     names = {entry: name for name, entry in folder.entries.items()}
     copy_of_embedding = None
     for entry, tensor in read_tensors(folder.entries.values()):
@@ -186,10 +213,13 @@ def load_model(folder: ModelFolder, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 @torch.no_grad()
-def _fill_extra(folder: ModelFolder, parameters: dict[str, nn.Parameter]) -> None:
-    """What an objective added, as it was stored; zeros where it is new."""
-    for name in EXTRAS.keys() & parameters.keys():
+def _fill_extra(folder: ModelFolder, parameters: dict[str, nn.Parameter], seed: int) -> None:
+    """What an objective added, as it was stored; where it is new, zeros, but for heads, which would never learn."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(EXTRAS.keys() & parameters.keys()):
         parameters[name].zero_()
+        if name in ("pooler.weight", "nsp.weight"):
+            parameters[name].normal_(std=0.02, generator=generator)
     for entry, tensor in read_tensors(folder.extra.values()):
         parameters[entry.name].copy_(tensor)
 
@@ -266,7 +296,8 @@ def save_model(
     with atomic_folder(output) as made:
         makers = {name: partial(_upstream, tensor, parameters, dtypes[name]) for name, tensor in stored.items()}
         write_shards(made, makers, sizes, limit)
-        if added := {name: parameters[name].detach().float().cpu() for name in EXTRAS if name in parameters}:
+        own = {name for tensor in stored.values() for name in tensor.ours}
+        if added := {n: parameters[n].detach().float().cpu() for n in EXTRAS if n in parameters and n not in own}:
             write_tensors(made / EXTRA, added)
         config = {key: value for key, value in folder.json.items() if key != "torch_dtype"}  # the older spelling
         write_json(made / "config.json", config | {"dtype": str(dtype or folder.dtype).removeprefix("torch.")})

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sftcli.errors import DataError, UsageError
 from sftcli.model.batches import shuffled, weight_of
-from sftcli.model.gpt import GPTConfig
-from sftcli.rowfile import RowFile, is_row_file
+from sftcli.model.gpt import TOKEN_TYPES, GPTConfig
+from sftcli.rowfile import NONE, RowFile, is_row_file
 from sftcli.rows import IGNORE, Row, read_rows_jsonl
 
 POSITIONS = {"position_ids", "block_position_ids"}
@@ -55,12 +55,31 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
         if (found := outside.nonzero()).numel():
             i = int((offsets <= int(found[0])).sum()) - 1
             raise DataError(f"row {rows[i].id!r} (number {i + 1}): {_off(config)}", where, f"$.{name}")
+    for name, least, most in (("token_type_ids", 0, types_of(config) - 1), ("next_sentence_label", NONE, 1)):
+        if name in rows.columns and bool(((values := column(rows, name)) < least).any() or (values > most).any()):
+            for row in rows:  # one of them
+                check_halves(row, config, where)
     if not any(weight_of([row]) for row in rows):
         raise DataError("no token of any row is trained", where)
 
 
 def _off(config: GPTConfig) -> str:
     return f"a position outside of the model's context of {config.context}"
+
+
+def types_of(config: GPTConfig) -> int:
+    """How many token types there are, or will be once the model is trained on rows that have them."""
+    return config.token_types or TOKEN_TYPES
+
+
+def check_halves(row: Row, config: GPTConfig, where: str) -> None:
+    """Raise DataError for token types or a next-sentence label that there are not."""
+    types = types_of(config)
+    if outside := [value for value in row.token_type_ids or () if not 0 <= value < types]:
+        raise DataError(f"row {row.id!r} has token type {outside[0]} of {types}", where, "$.token_type_ids")
+    if row.next_sentence_label not in (None, 0, 1):
+        told = f"row {row.id!r}: {row.next_sentence_label} is neither 0 (is next) nor 1 (random)"
+        raise DataError(told, where, "$.next_sentence_label")
 
 
 def check_tokenizer(made_with: str | None, tokenizer: str, where: str) -> None:
@@ -92,10 +111,22 @@ def fitting_rows(path: str, config: GPTConfig, tokenizer: str) -> Iterator[Row]:
         for name in POSITIONS:
             if any(not 0 <= value < config.context for value in getattr(row, name) or ()):
                 raise DataError(f"row {row.id!r}: {_off(config)}", where, f"$.{name}")
-        if row.block_position_ids and not config.block_positions:
-            hint = "`sft train` on such rows adds it"
-            raise DataError(f"row {row.id!r} needs a table of block positions, which the model lacks", where, hint=hint)
+        check_halves(row, config, where)
+        _refuse_lacking(row, config, where)
         yield row
+
+
+def _refuse_lacking(row: Row, config: GPTConfig, where: str) -> None:
+    """Raise DataError for a row that needs what an objective would have added to the model."""
+    needs = {
+        "table of block positions": bool(row.block_position_ids) and not config.block_positions,
+        "table of token types": any(row.token_type_ids or ()) and not config.token_types,
+        "head for next sentences": row.next_sentence_label is not None and not config.nsp_head,
+    }
+    for name, lacking in needs.items():
+        if lacking:
+            hint = "`sft train` on such rows adds it"
+            raise DataError(f"row {row.id!r} needs a {name}, which the model lacks", where, hint=hint)
 
 
 def trained_stops(rows: RowFile, special_ids: Collection[int]) -> list[int]:

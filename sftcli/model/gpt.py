@@ -1,6 +1,8 @@
-"""The one model: a decoder-only GPT.
+"""The one model: a GPT.
 
     x -> [norm] -> attention -> [norm] -> + x -> [norm] -> MLP -> [norm] -> + x
+
+BERT's norms are elsewhere: one on the embedding, and x -> attention -> + x -> norm -> MLP -> + x -> norm.
 
 Shapes: T tokens laid end to end (or B, Q in decoding), C width, H heads, G key heads, D head width, V vocabulary.
 How tokens see each other is not decided here: forward takes an `Attention` (attention.py).
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
+from sftcli.model.pieces import gated, rms_norm
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
 from sftcli.recipe import Loss
 
@@ -28,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+TOKEN_TYPES = 2  # that masked LM adds: the halves of a pair
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class GPTConfig:
 
     norm: Literal["rms", "rms_plus_one", "layer", "layer_bare"]  # plus one: x / rms(x) * (1 + w); bare: no parameters
     norm_eps: float
-    placement: Literal["pre", "post", "sandwich"] = "pre"  # norms before attention and MLP, after them, or both
+    # norms before attention and MLP, after them, or both; `sum`: on x + what they add (BERT), none at the end
+    placement: Literal["pre", "post", "sandwich", "sum"] = "pre"
     residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"  # shared: one norm for both branches
 
     gated: bool = True  # MLP with a gate (SwiGLU) instead of two plain layers
@@ -69,7 +74,18 @@ class GPTConfig:
     logit_scale: float = 1.0
     logit_cap: float | None = None
 
-    block_positions: bool = False  # a second table of positions, which rows with block_position_ids need (no family's)
+    embedding_norm: bool = False
+    head_transform: bool = False  # a dense layer, activation and norm before the head
+
+    # what an objective may add to any family (BERT's has all but the first)
+    block_positions: bool = False  # a second table of positions, which rows with block_position_ids need
+    token_types: int = 0  # rows of the table that rows with token_type_ids need
+    nsp_head: bool = False  # a pooler and two classes: whether the second half of a row follows the first
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether the model has learned masked LM: its rows see all of themselves."""
+        return self.token_types > 0
 
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else None
@@ -102,8 +118,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + self.offset if self.offset else self.weight
-        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
 
 
 def norm_of(config: GPTConfig, width: int) -> nn.Module:
@@ -153,7 +168,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x), self.activation))
 
 
 class Block(nn.Module):
@@ -165,7 +180,8 @@ class Block(nn.Module):
         def norm(used: bool) -> nn.Module:
             return norm_of(config, config.width) if used else nn.Identity()
 
-        before, after = config.placement != "post", config.placement != "pre"
+        before, after = config.placement in ("pre", "sandwich"), config.placement != "pre"
+        self.norms_sum = config.placement == "sum"
         self.parallel, self.shared = config.residual != "sequential", config.residual == "parallel_shared"
         self.scale = config.residual_scale
         self.attention_norm, self.attention = norm(before), SelfAttention(config, layer)
@@ -175,6 +191,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, rotary: RotaryTable | None, attention: Attention) -> Tensor:
+        if self.norms_sum:
+            x = self.attention_post_norm(x + self.dropout(self.attention(x, rotary, attention)))
+            return self.mlp_post_norm(x + self.dropout(self.mlp(x)))
         seen = self.attention_norm(x)
         attended = self.attention_post_norm(self.attention(seen, rotary, attention))
         sum_ = torch.add(x, self.dropout(attended), alpha=self.scale)
@@ -182,6 +201,18 @@ class Block(nn.Module):
             x = sum_
         thought = self.mlp_post_norm(self.mlp(seen if self.shared else self.mlp_norm(x)))
         return torch.add(sum_, self.dropout(thought), alpha=self.scale)
+
+
+class Transform(nn.Module):
+    """What BERT puts between the blocks and the head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dense, self.norm = Linear(config.width, config.width), norm_of(config, config.width)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x)))
 
 
 class GPT(nn.Module):
@@ -194,12 +225,17 @@ class GPT(nn.Module):
         self.position = Embedding(config.context, config.width) if config.learned_positions else None
         self.dropout = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = norm_of(config, config.width)
+        self.norm = nn.Identity() if config.placement == "sum" else norm_of(config, config.width)
+        self.embedding_norm = norm_of(config, config.width) if config.embedding_norm else nn.Identity()
+        self.transform = Transform(config) if config.head_transform else nn.Identity()
         self.head = Linear(config.width, config.vocab_size, bias=config.head_bias)
         if config.tied:
             self.head.weight = self.embedding.weight
         # last, so that a seed draws the other weights as it does without it
         self.block_position = Embedding(config.context, config.width) if config.block_positions else None
+        self.token_type = Embedding(config.token_types, config.width) if config.token_types else None
+        self.pooler = Linear(config.width, config.width) if config.nsp_head else None
+        self.nsp = Linear(config.width, 2) if config.nsp_head else None
         self.prefix: Prefix | None = None  # an adapter puts it here
         self.gradient_checkpointing = False
 
@@ -214,10 +250,11 @@ class GPT(nn.Module):
         attention: Attention,
         blocks: Tensor | None = None,
         noise: Tensor | None = None,
+        types: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (..., C) of ids (...) at positions (...), counted from the end of a prefix.
 
-        `blocks` (...): block positions, None: all 0. `noise` is added to the embedding's rows.
+        `blocks`, `types` (...): block positions and token types, None: all 0. `noise` is added to the embedding's rows.
         """
         if self.prefix is not None:
             attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
@@ -226,9 +263,16 @@ class GPT(nn.Module):
             x = x + noise
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
-        return self.through(x, positions, attention, blocks)
+        return self.through(x, positions, attention, blocks, types)
 
-    def through(self, x: Tensor, positions: Tensor, attention: Attention, blocks: Tensor | None = None) -> Tensor:
+    def through(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        blocks: Tensor | None = None,
+        types: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states of tokens that are embedded already (..., C)."""
         if self.position is not None:
             x = x + self.position(positions)
@@ -236,8 +280,12 @@ class GPT(nn.Module):
             x = x + self.block_position(torch.zeros_like(positions) if blocks is None else blocks)
         elif blocks is not None:
             raise ValueError("this model has no table of block positions")
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(positions) if types is None else types)
+        elif types is not None:
+            raise ValueError("this model has no table of token types")
         tables = self._rotary_tables(positions, attention)
-        x = self.dropout(x)
+        x = self.dropout(self.embedding_norm(x))
         for layer, block in enumerate(self.blocks):
             rope = self.config.rope(layer)
             rotary = None if rope is None else tables[rope]
@@ -256,16 +304,23 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V) in float32."""
-        logits = self.head(hidden).float()
+        logits = self.head(self.transform(hidden)).float()
         scaled_and_capped(logits, self.config.logit_scale, self.config.logit_cap)
         return logits
 
     def forward(self, batch: Batch, loss: Loss = PLAIN, noise: Tensor | None = None) -> dict[str, LossSum]:
         """The losses of a batch by name, each a sum and a weight; only labelled positions are projected."""
-        x = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise)[batch.scored]
+        hidden = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise, batch.types)
+        x = self.transform(hidden[batch.scored])
         scale, cap = self.config.logit_scale, self.config.logit_cap
         found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap, loss)
-        return {"nll": found}
+        if batch.pairs is None:
+            return {"nll": found}
+        if self.pooler is None or self.nsp is None:
+            raise ValueError("this model has no head for next sentences")
+        pooled = torch.tanh(self.pooler(hidden[batch.starts]))  # (rows, C)
+        labelled = torch.ones(len(pooled), device=pooled.device)
+        return {"mlm": found, "nsp": projected_loss(pooled, self.nsp.weight, self.nsp.bias, batch.pairs, labelled)}
 
     def set_dropout(self, p: float) -> None:
         """Dropout on the embedding and on what each block adds (not on attention weights)."""
@@ -274,12 +329,16 @@ class GPT(nn.Module):
                 module.p = p
 
     def initialise(self, seed: int) -> None:
-        """Draw weights: N(0, 0.02), the layers that write into the residual stream 1/sqrt(2 L) of it (GPT-2)."""
+        """Draw weights: N(0, 0.02), the layers that write into the residual stream 1/sqrt(2 L) of it (GPT-2).
+
+        Where each sum is normed nothing grows with the layers, and 0.02 are for BERT's width of 768."""
         generator = torch.Generator().manual_seed(seed)
-        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        normed = self.config.placement == "sum"
+        plain = 0.02 * math.sqrt(768 / self.config.width) if normed else 0.02
+        residual = plain if normed else plain / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                std = residual if name.endswith(("attention.o.weight", "mlp.down.weight")) else 0.02
+                std = residual if name.endswith(("attention.o.weight", "mlp.down.weight")) else plain
                 nn.init.normal_(parameter, std=std, generator=generator)
             else:
                 one = 0.0 if self.config.norm == "rms_plus_one" else 1.0

@@ -23,13 +23,9 @@ from torch import Tensor, nn
 from sftcli import console
 from sftcli.errors import SftError, UsageError
 from sftcli.model.batches import micro_batches
-from sftcli.rows import FORMAT, IGNORE, Row
+from sftcli.rows import Row
 from sftcli.signals import Interrupted, Terminated, exit_code
 
-# a forward for a process that has no rows left: every parameter gets a gradient, which is 0
-NO_ROW = Row(
-    id="", input_ids=[0], labels=[IGNORE], align="next", objective="", tokenizer=None, template=None, format=FORMAT
-)
 STOPS = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
 ROLL_CALL = 3.0  # seconds that a process has to say that it is there
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in the words of backends
@@ -91,7 +87,7 @@ class World:
         """This process's forwards for the rows of a step: as many in each process, if need be of no row."""
         shares = [list(micro_batches(share, limit)) for share in dealt(rows, self.size)]
         most = max(map(len, shares))
-        return shares[self.rank] + [[NO_ROW]] * (most - len(shares[self.rank]))
+        return shares[self.rank] + [[]] * (most - len(shares[self.rank]))
 
     def seed(self, seed: int) -> int:
         """Of what is drawn by micro-batch: different in every process."""
@@ -242,6 +238,11 @@ def dealt(rows: Sequence[Row], hands: int) -> list[list[Row]]:
         shares[hand].append(row)
         tokens[hand] += len(row.input_ids)
     return shares
+
+
+def filler(rows: Sequence[Row]) -> list[Row]:
+    """For a process that has no rows left while the others have: a row that the forward takes, and that counts 0."""
+    return [min(rows, key=lambda row: len(row.input_ids))]
 
 
 def _summed(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sftcli.model.pieces import turned
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -151,12 +153,4 @@ def rotary_table(rope: Rope, positions: Tensor, lengths: Tensor | None = None) -
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate the first `dim` numbers of every head of x (..., heads, D)."""
-    cos, sin = table.cos.to(x.dtype), table.sin.to(x.dtype)
-    turning, passing = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    if table.interleaved:
-        turned = torch.stack([-turning[..., 1::2], turning[..., ::2]], -1).flatten(-2)
-    else:
-        a, b = turning.chunk(2, -1)
-        turned = torch.cat([-b, a], -1)
-    turned = turning * cos + turned * sin
-    return torch.cat([turned, passing], -1) if passing.shape[-1] else turned
+    return turned(x, table.cos.to(x.dtype), table.sin.to(x.dtype), table.interleaved)

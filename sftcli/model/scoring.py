@@ -1,12 +1,13 @@
 """How likely a model finds labels: nll per scored token, summed or row by row. No logits are kept."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 
 import torch
 
-from sftcli.model.batches import make_batch
+from sftcli.model.batches import in_pairs, make_batch
 from sftcli.model.gpt import GPT
+from sftcli.model.processes import filler
 from sftcli.model.training import Engine
 from sftcli.rows import Row
 
@@ -15,17 +16,19 @@ WINDOW_TOKENS = 1 << 16  # rows sorted by length within a window of this many to
 
 @dataclass
 class RowScore:
-    """One row's scored tokens, in order: nll in nats, weight, and whether the label was the most likely token."""
+    """One row's scored tokens, in order: nll in nats, weight, and whether the label was the most likely token; of a row
+    with a next-sentence label, nll and whether it was right."""
 
     row: Row
     nll: list[float]
     weights: list[float]
     correct: list[bool]
+    pair: tuple[float, bool] | None = None
 
 
 @dataclass
 class Totals:
-    """Sums over rows; `loss` is per unit of weight."""
+    """Sums over rows; `loss` is per unit of weight, and that of next sentences per row is added to it."""
 
     rows: int = 0
     tokens: int = 0
@@ -33,6 +36,9 @@ class Totals:
     nll: float = 0.0
     weighted: float = 0.0
     correct: int = 0
+    pairs: int = 0
+    pair_nll: float = 0.0
+    pairs_correct: int = 0
 
     def add(self, score: RowScore) -> None:
         self.rows += 1
@@ -41,15 +47,26 @@ class Totals:
         self.nll += sum(score.nll)
         self.weighted += sum(n * w for n, w in zip(score.nll, score.weights, strict=True))
         self.correct += sum(score.correct)
+        if score.pair:
+            self.pairs += 1
+            self.pair_nll += score.pair[0]
+            self.pairs_correct += score.pair[1]
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Totals":
-        rows, tokens, weight, nll, weighted, correct = values
-        return cls(int(rows), int(tokens), weight, nll, weighted, int(correct))
+    @property
+    def token_loss(self) -> float:
+        return self.weighted / self.weight if self.weight else 0.0
 
     @property
     def loss(self) -> float:
-        return self.weighted / self.weight if self.weight else 0.0
+        return self.token_loss + (self.pair_nll / self.pairs if self.pairs else 0.0)
+
+    @property
+    def of_pairs(self) -> dict[str, float]:
+        """The two losses, and how often the next sentence was told; nothing where no row has a label for it."""
+        if not self.pairs:
+            return {}
+        nsp = {"nsp": self.pair_nll / self.pairs, "nsp_accuracy": self.pairs_correct / self.pairs}
+        return {"mlm": self.token_loss} | nsp
 
     @property
     def accuracy(self) -> float:
@@ -75,13 +92,20 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
     found: dict[int, RowScore] = {}
     for part in engine.world.micro_batches(rows, micro_batch_tokens):
         engine.poll()
-        batch = make_batch(part).to(engine.device)
+        batch = make_batch(part or filler(rows)).to(engine.device)
         with engine.autocast():
-            (loss,) = model(batch).values()
+            losses = model(batch)
+        if not part:
+            continue
+        loss = next(iter(losses.values()))
         counts = batch.scored_per_row
         columns = (loss.nll, batch.weights, loss.correct)
         for row, nll, weights, correct in zip(batch.rows, *(c.cpu().split(counts) for c in columns), strict=True):
             found[id(row)] = RowScore(row, nll.tolist(), weights.tolist(), [bool(c) for c in correct.tolist()])
+        if "nsp" in losses:
+            both = zip(losses["nsp"].nll.tolist(), losses["nsp"].correct.tolist(), strict=True)
+            for row, (value, right) in zip(in_pairs(batch.rows), both, strict=True):
+                found[id(row)].pair = (value, bool(right))
     return [found[id(row)] for row in rows if id(row) in found]
 
 
@@ -89,4 +113,6 @@ def total_score(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine
     totals = Totals()
     for score in score_rows(model, rows, micro_batch_tokens, engine):
         totals.add(score)
-    return Totals.of(engine.world.summed(torch.tensor(astuple(totals), dtype=torch.float64)).tolist())
+    own = astuple(totals)
+    sums = engine.world.summed(torch.tensor(own, dtype=torch.float64)).tolist()
+    return Totals(*(type(value)(found) for value, found in zip(own, sums, strict=True)))

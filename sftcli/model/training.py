@@ -20,7 +20,7 @@ from sftcli.model.memory import told_if_out_of_memory
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
 from sftcli.model.optim import lr_share, set_lr
-from sftcli.model.processes import World, whole
+from sftcli.model.processes import World, filler, whole
 from sftcli.recipe import Loss, Train
 from sftcli.rows import Row
 
@@ -30,7 +30,8 @@ class Report:
     """One optimizer step. `loss` is per unit of weight (nan: it has none and was skipped); `tokens` are no padding.
 
     Not `finite`: the loss or the norm of the gradients was no number, and the weights were left alone.
-    `loss` is what was minimised; by role, source and turn it is the plain nll (breakdown.py).
+    `loss` is what was minimised, `losses` its parts where it has several; by role, source and turn it is the plain nll
+    (breakdown.py).
     """
 
     step: int  # from 1
@@ -47,6 +48,7 @@ class Report:
     loss_by_source: dict[str, float]
     loss_by_turn: dict[str, float]
     finite: bool = True
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 class Plan:
@@ -146,20 +148,27 @@ class StepSums:
     tokens: int
     trained: int
     by_part: Callable[[], dict[Breakdown, Tensor]]  # (2,) each: sums of weight * nll and of weight
+    parts: dict[str, Tensor]  # of the loss, by name
 
     @property
     def loss(self) -> float:
         return float(self.logged[0])
 
+    @property
+    def losses(self) -> dict[str, float]:
+        return {name: float(part) for name, part in self.parts.items()}
+
     def over(self, world: World) -> "StepSums":
         """Those of all processes, added up at once. Alone, nothing is read here."""
         if world.size == 1:
             return self
-        parts = self.by_part()
-        own = [self.logged.cpu().double(), torch.tensor([self.trained], dtype=torch.float64), *parts.values()]
-        logged, trained, rest = world.summed(torch.cat(own)).split([3, 1, 2 * len(parts)])
-        found = dict(zip(parts, rest.view(-1, 2), strict=True))
-        return replace(self, logged=logged, trained=int(trained), by_part=lambda: found)
+        by_part = self.by_part()
+        own = [self.logged.cpu().double(), torch.tensor([self.trained]), torch.stack([*self.parts.values()]).cpu()]
+        sums = world.summed(torch.cat([*own, *by_part.values()]))
+        logged, trained, losses, rest = sums.split([3, 1, len(self.parts), 2 * len(by_part)])
+        found = dict(zip(by_part, rest.view(-1, 2), strict=True))
+        parts = dict(zip(self.parts, losses, strict=True))
+        return replace(self, logged=logged, trained=int(trained), by_part=lambda: found, parts=parts)
 
     def report(self, step: int, epoch: float, lr: float, norm: float, finite: bool, begin: float) -> Report:
         scored = max(self.trained, 1)
@@ -176,6 +185,7 @@ class StepSums:
             seconds=time.monotonic() - begin,
             accuracy=correct / scored if math.isfinite(loss) else math.nan,  # nan has a largest logit, too
             entropy=entropy / scored,
+            losses=self.losses if len(self.parts) > 1 else {},
             loss_by_role=by_role,
             loss_by_source=by_source,
             loss_by_turn=by_turn,
@@ -197,25 +207,31 @@ def accumulate(
     """
     weights = weights_by_loss(rows, options.reduction)
     logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy
+    apart = {name: torch.zeros((), device=engine.device) for name in weights}
     trained = 0
     scored: list[tuple[Batch, Tensor]] = []
     world = engine.world
-    parts = world.micro_batches(rows, micro_batch_tokens)
-    for number, part in enumerate(parts, 1):
+    forwards = world.micro_batches(rows, micro_batch_tokens)
+    for number, part in enumerate(forwards, 1):
         engine.poll()
-        batch = make_batch(part, options.reduction).to(engine.device)
+        batch = make_batch(part or filler(rows), options.reduction).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
-        with world.exchanging(number == len(parts)):
+        with world.exchanging(number == len(forwards)):
             with engine.autocast():
                 losses = world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
-            loss = torch.stack([found.total / max(weights[name], 1e-30) for name, found in losses.items()]).sum()
-            loss.backward()
+            parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
+            loss = torch.stack(list(parts.values())).sum()
+            (loss if part else 0 * loss).backward()
+        if not part:
+            continue
         of_tokens = next(iter(losses.values()))
         logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
+        for name, part_of_loss in parts.items():
+            apart[name] += part_of_loss.detach()
         scored.append((batch, of_tokens.nll))
         trained += len(batch.scored)
     tokens = sum(len(row.input_ids) for row in rows)
-    return StepSums(logged, sum(weights.values()), tokens, trained, lambda: sums_by_part(scored, rows))
+    return StepSums(logged, sum(weights.values()), tokens, trained, lambda: sums_by_part(scored, rows), apart)
 
 
 def clip(model: GPT, limit: float) -> Tensor:

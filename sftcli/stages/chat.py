@@ -61,7 +61,7 @@ class Model:
 
     def __init__(self, path: str, options: Generate):
         folder, adapter = open_model(path)
-        if folder.config.block_positions:
+        if folder.config.block_positions or folder.config.fills_masks:
             raise UsageError(f"{path} fills blanks and does not chat", hint="`sft generate` asks it")
         self.codec = codec_for(path, None)
         template = template_for(self.codec, path, options.template, options.template_text, options.columns)

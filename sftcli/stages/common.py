@@ -37,6 +37,8 @@ def template_for(
     else:
         folder = text_folder(model) if model else None
         source = folder_template(folder) if folder else None
+        if source is None and codec.specials.get("cls_token") in codec.added:  # BERT's: its texts have no turns
+            return load_template(None, "{prompt} {completion}", {}, codec.specials)
         if source is None:
             raise UsageError(
                 f"{folder or 'the tokenizer'} has no chat template",

@@ -52,7 +52,8 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
         "rows": totals.rows,
         "tokens": totals.tokens,
         "loss": totals.loss,
-        "perplexity": math.exp(min(totals.loss, 700)),
+        **totals.of_pairs,
+        "perplexity": math.exp(min(totals.token_loss, 700)),
         "token_accuracy": totals.accuracy,
         "bits_per_byte": text_nll / math.log(2) / text_bytes if text_bytes else None,
     }

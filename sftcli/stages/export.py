@@ -27,8 +27,8 @@ def export(model: str, kind: str, output: str | None) -> None:
     folder = open_folder(model_folder(model))
     if not folder.has_weights:
         raise CheckpointError(f"{folder.path} has no weights yet", hint="`sft train` makes them")
-    if folder.config.block_positions:
-        raise CheckpointError(f"{folder.path} has a table of block positions, for which GGUF has no place")
+    if folder.extra:
+        raise CheckpointError(f"{folder.path} has a table of block positions or token types: GGUF has no place for it")
     path = Path(output) if output else folder.path / f"model-{kind}.gguf"
     one = architecture_of_config(folder.json)
     fields, factors = write_config(one, folder.json, folder.config)

@@ -1,7 +1,7 @@
 """sft generate: prompts -> completions, in input order, as soon as order allows."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_mode
 from sftcli.model.adapters.prefix_files import PrefixAdapter
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
 from sftcli.model.decoding import Completion, TextStops, generate, in_order, padded, positions_of
+from sftcli.model.filling import fill
 from sftcli.model.growth import Blanks, Grown, Prompt
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
@@ -24,12 +25,14 @@ from sftcli.stages.common import codec_for, encode_lines, read_lines_of, templat
 from sftcli.text import pretokenized
 from sftcli.text.folder import folder_template, stop_ids
 from sftcli.text.objectives.blank_infilling import Filler, filler_of
+from sftcli.text.objectives.masked_lm import Cloze, cloze_of
 from sftcli.text.records import read_record, renamed
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
 READ_AHEAD = 256  # prompts encoded in one call of the library
+Filling = Filler | Cloze  # GLM's blanks, BERT's masks
 NONE = "none"  # --adapter none: the base alone
 
 
@@ -40,6 +43,7 @@ class _Asked:
     fields: Extra
     reference: str | None
     sample: int
+    row: Sequence[int] = ()  # what was fed
 
 
 @dataclass
@@ -72,11 +76,12 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     template = template_for(codec, words, options.template, options.template_text, options.columns)
     engine = choose_engine(options.device, options.dtype)
     network = load_trained(folder, engine.dtype).to(engine.device)
-    stops, texts = _stop_set(options, codec, folder.path, artifacts.text_folder(words))
+    filler = _filler(options, folder, codec)
+    cloze = filler if isinstance(filler, Cloze) else None
+    stops, texts = ([], []) if cloze else _stop_set(options, codec, folder.path, artifacts.text_folder(words))
     if outside := [token for token in stops if not 0 <= token < folder.config.vocab_size]:
         console.warn(f"generate: stop token {outside[0]} is beyond the vocabulary of {folder.config.vocab_size:,}")
-    filler = _filler(options, folder, codec)
-    stops += [filler.marks.eop] if filler and filler.marks.eop not in stops else []
+    stops += [filler.marks.eop] if isinstance(filler, Filler) and filler.marks.eop not in stops else []
     asked: deque[_Asked] = deque()
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
@@ -91,14 +96,18 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
         for name, adapter in adapters:
             asking = deque(asked) if len(adapters) > 1 else asked
             with applied(network, adapter):
-                for done in in_order(generate(network, waiting, options, stops, _text_stops(codec, texts))):
-                    out.write(_line(asking.popleft(), done, codec, texts, options, name))
+                if cloze:
+                    answers = fill(network, waiting, options, cloze.marks.mask)
+                else:
+                    answers = in_order(generate(network, waiting, options, stops, _text_stops(codec, texts)))
+                for done in answers:
+                    out.write(_line(asking.popleft(), done, codec, texts, options, name, cloze))
                     out.flush()
                     _count(done, summary)
                     counter.add(1)
         if failed:
             raise failed[0]
-    _report(summary)
+    _report(summary, cloze)
     return summary
 
 
@@ -115,12 +124,19 @@ def _models(options: Generate, model: str) -> tuple[ModelFolder, list[tuple[str,
     return folder, found
 
 
-def _filler(options: Generate, folder: ModelFolder, codec: Codec) -> Filler | None:
-    """How prompts with blanks are read; None where the model goes on at the end of its prompts."""
-    if options.fill and not folder.config.block_positions:
-        raise UsageError(f"{folder.path} did not learn to fill blanks", hint="`sft mask --objective glm` teaches it")
-    fills = folder.config.block_positions if options.fill is None else options.fill
-    return filler_of(codec) if fills else None
+def _filler(options: Generate, folder: ModelFolder, codec: Codec) -> Filling | None:
+    """How prompts with blanks or masks are read; None where the model goes on at the end of its prompts."""
+    learned = folder.config.block_positions or folder.config.fills_masks
+    if options.fill and not learned:
+        hint = "`sft mask --objective glm` (or bert) teaches it"
+        raise UsageError(f"{folder.path} did not learn to fill blanks", hint=hint)
+    if not (learned if options.fill is None else options.fill):
+        return None
+    if folder.config.block_positions:
+        return filler_of(codec)
+    if options.stop:
+        raise UsageError(f"{folder.path} fills masks, each with one token: no --stop")
+    return cloze_of(codec)
 
 
 def _words_of(model: str, options: Generate) -> str:
@@ -166,7 +182,7 @@ def _until_error(prompts: Iterator[Prompt], failed: list[SftError]) -> Iterator[
 
 
 def _prompts(
-    records: Iterator[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filler | None
+    records: Iterator[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filling | None
 ) -> Iterator[Prompt]:
     """Encode prompts a batch ahead of the model; before a bad line, the good ones that came with it."""
     while True:
@@ -190,7 +206,7 @@ def _records(
     speaker: Speaker,
     wanted: tuple[str, ...],
     summary: Summary,
-    filler: Filler | None,
+    filler: Filling | None,
 ) -> Iterator[_Record]:
     """Read and render the lines of the input."""
     for where, line, fields in read_lines_of([source]):
@@ -211,14 +227,14 @@ def _record(
     speaker: Speaker,
     wanted: tuple[str, ...],
     number: int,
-    filler: Filler | None,
+    filler: Filling | None,
 ) -> _Record:
     record = read_record(renamed(fields, options.columns, where), where, number, wanted)
     if record.shape == "tokens":
         document, weights = pretokenized.read(line, fields, where, number)
         end = next((t for t, weight in enumerate(weights or []) if weight), len(document.input_ids))
         return _Record(where, fields, None, record.id, document.input_ids[:end])
-    if filler and record.shape == "text":  # its end is seen by what fills it, too
+    if isinstance(filler, Filler) and record.shape == "text":  # its end is seen by what fills it, too
         return _Record(where, fields, None, record.id, filler.opened(speaker.documents(record)[0]))
     rendered, reference = speaker.prompt(record)
     rendered = filler.opened(rendered) if filler else rendered
@@ -226,7 +242,7 @@ def _record(
 
 
 def _encoded(
-    batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filler | None
+    batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filling | None
 ) -> Iterator[Prompt]:
     for record, tokens in zip(batch, _ids(batch, codec), strict=True):
         if not tokens:
@@ -234,12 +250,21 @@ def _encoded(
         if outside := [token for token in tokens if not 0 <= token < vocabulary]:
             raise DataError(f"id {outside[0]}, the model's vocabulary has {vocabulary}", record.where, "$.input_ids")
         blanks = None
-        if filler:
+        if isinstance(filler, Filler):
             tokens, places = filler.with_blanks(tokens)
             blanks = Blanks(places, filler.marks.sop)
+        elif filler:
+            tokens = _row(filler, tokens, record.where)
         for sample in range(n):
-            asked.append(_Asked(record.fields, record.reference, sample))
+            asked.append(_Asked(record.fields, record.reference, sample, tokens))
             yield Prompt(tokens, record.key, sample, blanks)
+
+
+def _row(cloze: Cloze, tokens: list[int], where: str) -> list[int]:
+    try:
+        return cloze.row(tokens)
+    except DataError as error:
+        raise error.located(where) from None
 
 
 def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
@@ -279,11 +304,23 @@ def _tables(rows: list[Grown], side: str, before: int) -> Iterator[tuple[str, li
     yield "block positions", padded([row.blocks for row in rows], side)[0].tolist()
 
 
-def _line(ask: _Asked, done: Completion, codec: Codec, texts: list[str], options: Generate, adapter: str) -> bytes:
-    unfinished = not done.ends or done.ends[-1] < len(done.ids)
-    bounds = [0, *done.ends, *([len(done.ids)] if unfinished else [])]
-    fills = [codec.decode(done.ids[a:b]) for a, b in pairwise(bounds)]
-    text = "\n".join(fills)
+def _line(
+    ask: _Asked,
+    done: Completion,
+    codec: Codec,
+    texts: list[str],
+    options: Generate,
+    adapter: str,
+    cloze: Cloze | None = None,
+) -> bytes:
+    if cloze:
+        fills = [codec.decode([token]) for token in done.ids]
+        text = codec.decode(cloze.filled(ask.row, done.ids))
+    else:
+        unfinished = not done.ends or done.ends[-1] < len(done.ids)
+        bounds = [0, *done.ends, *([len(done.ids)] if unfinished else [])]
+        fills = [codec.decode(done.ids[a:b]) for a, b in pairwise(bounds)]
+        text = "\n".join(fills)
     for stop in texts:
         text = text.partition(stop)[0]
     line: dict[str, Any] = {**ask.fields, "completion": text, "completion_ids": done.ids}
@@ -308,9 +345,12 @@ def _count(done: Completion, summary: Summary) -> None:
     summary.context_full += done.context_full
 
 
-def _report(summary: Summary) -> None:
+def _report(summary: Summary, cloze: Cloze | None) -> None:
     if not summary.prompts:
         console.warn("generate: the input is empty")
+        return
+    if cloze:
+        console.note(f"generate: {summary.prompts:,} prompts, {summary.tokens:,} masks filled")
         return
     full = f", {summary.context_full:,} of them at the end of the context" if summary.context_full else ""
     cut = summary.completions - summary.stopped

@@ -6,7 +6,7 @@ from itertools import chain
 from sftcli import console
 from sftcli.artifacts import make_folder, write_json
 from sftcli.errors import DataError, UsageError
-from sftcli.recipe import Init
+from sftcli.recipe import MASKED_LM_CONTROLS, Init
 from sftcli.stages.common import read_lines_of
 from sftcli.text.records import read_record, renamed
 from sftcli.text.template import Template, control_tokens, load_template
@@ -21,8 +21,10 @@ def init(options: Init, output: str) -> None:
     folder = make_folder(output, NAMES)
     template = load_template(options.template, options.template_text, options.columns, {})
     controls = control_tokens(template)
-    controls = controls | {"controls": list(dict.fromkeys([*controls["controls"], *options.controls]))}
-    specials = {f"{name}_token": controls[name] for name in ("bos", "eos", "pad") if controls.get(name)}
+    masks = MASKED_LM_CONTROLS if options.preset == "bert" else {}
+    added = [*controls["controls"], *options.controls, *masks.values()]
+    controls = controls | masks | {"controls": list(dict.fromkeys(added))}
+    specials = {f"{name}_token": controls[name] for name in ("bos", "eos", "pad", *masks) if controls.get(name)}
     template = Template(template.source, template.name, specials)
     texts = _texts(options, template, controls["controls"])
     if options.tokenizer == "whitespace":
@@ -82,7 +84,7 @@ def _tokenizer_config(options: Init, specials: dict[str, str]) -> dict[str, obje
 
 
 def mlp_width(options: Init) -> int:
-    """llama: 8/3 of the width, rounded up to 64 (its gate makes three matrices as dear as two of 4); gpt2: 4 times."""
+    """llama: 8/3 of the width, rounded up to 64 (its gate makes three matrices as dear as two of 4); else 4 times."""
     if options.mlp_width:
         return options.mlp_width
     return -(-options.width * 8 // 3 // 64) * 64 if options.preset == "llama" else 4 * options.width
@@ -112,6 +114,22 @@ def huggingface_config(options: Init, codec: Codec, specials: dict[str, str]) ->
             "attention_bias": False,
             "mlp_bias": False,
         }
+    if options.preset == "bert":
+        return {
+            "architectures": ["BertForPreTraining"],
+            "model_type": "bert",
+            **common,
+            "hidden_size": options.width,
+            "intermediate_size": mlp_width(options),
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": options.heads,
+            "hidden_act": "gelu",
+            "max_position_embeddings": options.context,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -134,9 +152,12 @@ def parameters(options: Init, vocabulary: int) -> int:
     width, heads, layers = options.width, options.heads, options.layers
     inner = mlp_width(options)
     embedding = vocabulary * width * (1 if options.tied else 2)
-    if options.preset == "gpt2":
+    if options.preset != "llama":
         block = 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
-        return embedding + options.context * width + layers * block + 2 * width
+        added = 2 * width  # the last norm; bert's is on the embedding
+        if options.preset == "bert":  # token types, transform and bias of the head, pooler, two classes
+            added += 2 * width + width * width + 3 * width + vocabulary + width * width + width + 2 * width + 2
+        return embedding + options.context * width + layers * block + added
     kv_width = (options.kv_heads or heads) * (width // heads)
     block = 2 * width * width + 2 * width * kv_width + 3 * width * inner + 2 * width
     return embedding + layers * block + width

@@ -14,13 +14,13 @@ from sftcli import console, views
 from sftcli.artifacts import decode_json, json_line, line_fields, open_output, text_folder
 from sftcli.errors import DataError, UsageError
 from sftcli.indexedfile import indexed_lines, is_indexed, write_indexed
-from sftcli.recipe import BlankInfilling, Causal, Mask
+from sftcli.recipe import BlankInfilling, Causal, Mask, MaskedLM
 from sftcli.rowfile import is_row_file, write_rows
 from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
 from sftcli.stages.common import Rejects, read_lines_of
 from sftcli.text import pretokenized
 from sftcli.text.folder import load_codec
-from sftcli.text.objectives import blank_infilling, causal
+from sftcli.text.objectives import blank_infilling, causal, masked_lm
 from sftcli.text.store import recall_codec
 from sftcli.text.tokenizer import Codec
 
@@ -56,6 +56,17 @@ class Made:
     extra: Extra
 
 
+@dataclass
+class Read:
+    """A line of the input as a document, with the weights that it may bring."""
+
+    where: str  # file:line
+    line: bytes
+    document: Document
+    given: list[float] | None
+    extra: Extra
+
+
 Maker = Callable[[Document, list[float] | None], list[tuple[Row, Document, list[float]]]]  # as in `Made`
 
 
@@ -70,8 +81,9 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
         line = stack.enter_context(console.live())
         _refuse(options, to_columns, to_index)
         codec = load_codec(text_folder(model)) if model else None
-        maker = _maker(options, codec)
-        made = _shown(_counted(_made(options, maker, source, rejects, summary), line), show, codec, line)
+        read = _read(options, source, summary)
+        maker, read = _maker(options, codec, read)
+        made = _shown(_counted(_made(options, maker, read, rejects, summary), line), show, codec, line)
         made = _accounted(made, summary, codec, line, to_columns or to_index)
         if to_index:
             write_indexed(str(output), (pretokenized.neox_document(item.row, item.weights) for item in made))
@@ -96,22 +108,33 @@ def _refuse(options: Mask, to_columns: bool, to_index: bool) -> None:
     defaults = {name: field.default for name, field in type(options).model_fields.items()}
     if other := {name for name in defaults if getattr(options, name) != defaults[name]} - allowed - {"format"}:
         raise UsageError(f"objective {kind} chooses its own tokens: no {', '.join(sorted(other))}")
-    for name, usable in (("format", ("rows",)), ("train_on", ("own", "last")), ("too_long", ("drop", "error"))):
+    turns = ("own", "last") if isinstance(options.objective, BlankInfilling) else ("own",)
+    for name, usable in (("format", ("rows",)), ("train_on", turns), ("too_long", ("drop", "error"))):
         if getattr(options, name) not in usable:
             raise UsageError(f"objective {kind} has no {name} {getattr(options, name)}", hint=" or ".join(usable))
 
 
-def _maker(options: Mask, codec: Codec | None) -> Maker:
-    """The objective as a function of a document (and the weights it may bring)."""
+def _maker(options: Mask, codec: Codec | None, read: Iterator[Read]) -> tuple[Maker, Iterator[Read]]:
+    """The objective as a function of a document (and the weights it may bring), and the documents as they come."""
     objective = options.objective
-    if isinstance(objective, BlankInfilling):
-        known = lru_cache(maxsize=4)(lambda tokenizer: codec or recall_codec(tokenizer))
+    known = lru_cache(maxsize=4)(lambda tokenizer: codec or recall_codec(tokenizer))
+
+    def of_rows(rows: Callable[[Document, list[float] | None], list[Row]]) -> Maker:
         return lambda document, given: [
-            (row, msgspec.structs.replace(document, segments=[]), [])
-            for row in blank_infilling.rows(document, given, objective, options.train_on, known(document.tokenizer))
+            (row, msgspec.structs.replace(document, segments=[]), []) for row in rows(document, given)
         ]
+
+    if isinstance(objective, BlankInfilling):
+        blank, train_on = objective, options.train_on
+        return of_rows(lambda d, given: blank_infilling.rows(d, given, blank, train_on, known(d.tokenizer))), read
+    if isinstance(objective, MaskedLM):
+        masks, length, others = objective, options.max_length, None
+        if masks.nsp:
+            others = masked_lm.Others(masks.seed, lambda d: masked_lm.sentences_of(d, known(d.tokenizer)))
+            read = others.ahead(read)
+        return of_rows(lambda d, given: masked_lm.rows(d, masks, length, known(d.tokenizer), others)), read
     rule = causal.rule_of(options)
-    return lambda document, given: [_causal(document, given, rule, options)]
+    return lambda document, given: [_causal(document, given, rule, options)], read
 
 
 def _causal(
@@ -138,23 +161,14 @@ def _accounted(
         raise DataError(f"nothing is left to train: all {summary.rows:,} rows were dropped ({_reasons(summary)})")
 
 
-def _made(options: Mask, maker: Maker, source: str, rejects: Rejects, summary: Summary) -> Iterator[Made]:
-    """Every document that leaves something to train, as rows that fit; the others are counted by reason."""
-    limit = _limit(options)
-    seen: set[bytes] = set()
+def _read(options: Mask, source: str, summary: Summary) -> Iterator[Read]:
+    """The lines of the input as documents."""
     for where, line, fields in _lines(source):
         if isinstance(fields, DataError):
             raise fields
         summary.rows += 1
         try:
-            for item in _rows(line, fields, where, summary.rows, maker, options):
-                yield _fitted(item, limit, options, summary, seen)
-        except causal.NothingTrained as reason:
-            summary.dropped[str(reason)] += 1
-            summary.first_dropped.setdefault(str(reason), where)
-            if rejects.path:
-                rejects.add(DataError(str(reason), where), line)
-            continue
+            yield _document(line, fields, where, summary.rows, options)
         except DataError as error:
             raise error.located(where) from None
 
@@ -163,6 +177,24 @@ def _lines(source: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | D
     if not is_indexed(source):
         return read_lines_of([source])
     return ((where, line, line_fields(line, where)) for where, line in indexed_lines(source))
+
+
+def _made(options: Mask, maker: Maker, read: Iterator[Read], rejects: Rejects, summary: Summary) -> Iterator[Made]:
+    """Every document that leaves something to train, as rows that fit; the others are counted by reason."""
+    limit = _limit(options)
+    seen: set[bytes] = set()
+    for item in read:
+        try:
+            for made in maker(item.document, item.given):
+                yield _fitted(Made(*made, item.extra), limit, options, summary, seen)
+        except causal.NothingTrained as reason:
+            summary.dropped[str(reason)] += 1
+            summary.first_dropped.setdefault(str(reason), item.where)
+            if rejects.path:
+                rejects.add(DataError(str(reason), item.where), item.line)
+            continue
+        except DataError as error:
+            raise error.located(item.where) from None
 
 
 def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
@@ -190,9 +222,7 @@ def _fitted(made: Made, limit: int | None, options: Mask, summary: Summary, seen
     return made
 
 
-def _rows(
-    line: bytes, fields: dict[str, msgspec.Raw], where: str, number: int, maker: Maker, options: Mask
-) -> list[Made]:
+def _document(line: bytes, fields: dict[str, msgspec.Raw], where: str, number: int, options: Mask) -> Read:
     if "segments" in fields:
         document = decode_json(line, where, Document)
         _check_segments(document, where)
@@ -210,14 +240,15 @@ def _rows(
             f"not a document: the line has {', '.join(fields)}", where, hint="documents come from `sft tokenize`"
         )
     known = RESERVED | pretokenized.known(fields)
-    extra = {name: raw for name, raw in fields.items() if name not in known}
-    return [Made(*made, extra) for made in maker(document, given)]
+    return Read(where, line, document, given, {name: raw for name, raw in fields.items() if name not in known})
 
 
 def _needs_turns(options: Mask) -> bool:
     """Whether the objective asks whose words are where."""
     if isinstance(options.objective, BlankInfilling):
         return options.objective.level == "sft"
+    if isinstance(options.objective, MaskedLM):
+        return False
     return options.train_on in ("own", "own-final", "own-reasoning", "last")
 
 

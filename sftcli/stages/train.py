@@ -127,7 +127,10 @@ def _announce(job: Job, where: str, start: int) -> None:
             f"{how}--set adapter.modules_to_save=[embed_tokens,lm_head] trains it (your model's names for them)"
         )
     names = ", ".join(f"{job.codec.token_text(i)} ({i})" for i in job.stops)
-    console.note(f"train: stop set: {names}") if names else console.warn("train: no stop token is trained")
+    if names:
+        console.note(f"train: stop set: {names}")
+    elif not job.model.config.fills_masks:
+        console.warn("train: no stop token is trained")
 
 
 def _processes(job: Job) -> str:
@@ -220,6 +223,7 @@ def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
     line |= {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
     if evaluation:
         line |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, "eval_tokens": evaluation.tokens}
+        line |= {f"eval_{name}": value for name, value in evaluation.of_pairs.items()}
     return line
 
 

@@ -23,14 +23,14 @@ from sftcli.model import optim, resume
 from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.batches import weight_of
-from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, load_model
-from sftcli.model.dataset import fitting_rows, split, trained_stops
+from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, add_masked_lm, load_model
+from sftcli.model.dataset import column, fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.mixture import Input, input_of, parts_of
 from sftcli.model.processes import World, whole
 from sftcli.model.training import Engine, Plan, Report, choose_engine
 from sftcli.recipe import Lora, Prefix, Prompt, Train
-from sftcli.rowfile import RowFile, is_row_file, write_rows
+from sftcli.rowfile import NONE, RowFile, is_row_file, write_rows
 from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
 
@@ -152,11 +152,7 @@ def make_job(
 ) -> Job:
     """`inputs`: what the rows were collected from, where they do not all count once."""
     inputs = inputs or [(Input(where), len(rows))]
-    if "block_position_ids" in rows.columns and not folder.config.block_positions:
-        if options.adapter:
-            hint = "train it without adapter first"
-            raise UsageError(f"{where}: these rows need a table of block positions, which the base lacks", hint=hint)
-        add_block_positions(folder)
+    _add_tables(options, folder, rows, where)
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = _engine(options, world or World())
@@ -195,6 +191,23 @@ def make_job(
             "gradient_checkpointing": options.gradient_checkpointing,
         },
     )
+
+
+def _add_tables(options: Train, folder: ModelFolder, rows: RowFile, where: str) -> None:
+    """What the rows need beyond the family's model: it cannot be an adapter's, which leaves the base as it is."""
+    before = folder.config
+    if "block_position_ids" in rows.columns:
+        add_block_positions(folder)
+    if "token_type_ids" in rows.columns:
+        pairs = "next_sentence_label" in rows.columns
+        if pairs and bool((column(rows, "next_sentence_label") == NONE).any()):
+            raise UsageError(f"{where}: rows with and without next-sentence labels", hint="train one kind at a time")
+        add_masked_lm(folder, pairs)
+    if options.adapter and folder.config != before:
+        blank = folder.config.block_positions != before.block_positions
+        lacking = "a table of block positions" if blank else "what masked LM adds to a model"
+        hint = "train it without adapter first"
+        raise UsageError(f"{where}: these rows need {lacking}, which the base lacks", hint=hint)
 
 
 def _engine(options: Train, world: World) -> Engine:

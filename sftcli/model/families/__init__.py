@@ -18,9 +18,9 @@ from sftcli.model.gpt import GPT, GPTConfig
 
 # a name here is a file beside this one and a model_type in config.json
 FAMILIES = (
-    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "llama"),
-    *("minimind", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
-    "starcoder2",
+    *("bert", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite"),
+    *("llama", "minimind", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("stablelm", "starcoder2"),
 )
 
 
@@ -63,6 +63,8 @@ class Family:
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)  # endings of tensors in old files that are no weights
     lacking: str = ""  # a prefix that some files leave out
     renamed: Mapping[str, str] = field(default_factory=dict)  # other names that files use
+    endings: Mapping[str, str] = field(default_factory=dict)  # and other ends of names
+    optional: Mapping[str, str] = field(default_factory=dict)  # tensors that files may lack -> their switch
 
     def tensors(self, config: GPTConfig) -> list[Stored]:
         """Every tensor of the family's files."""
@@ -90,6 +92,8 @@ class Family:
 
     def upstream_name(self, name: str) -> str:
         """The name that a tensor of a file has in `tensors`."""
+        for theirs, ours in self.endings.items():
+            name = name.removesuffix(theirs) + ours if name.endswith(theirs) else name
         name = self.renamed.get(name, name)
         inside = not self.lacking or name.startswith((self.lacking, *self.outside))
         return name if inside else self.lacking + name

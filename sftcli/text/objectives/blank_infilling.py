@@ -48,21 +48,25 @@ class Filler:
     marks: Marks
 
     def opened(self, text: Rendered) -> Rendered:
-        """The text with the mask tokens in its content: they are blanks, not content."""
-        if not self.masks:
-            return text
-        pattern, content = re.compile("|".join(map(re.escape, self.masks))), []
-        for start, end in text.content:
-            for found in pattern.finditer(text.text, start, end):
-                content.append((start, found.start()))
-                start = found.end()
-            content.append((start, end))
-        return replace(text, content=[(a, b) for a, b in content if a < b])
+        return opened(text, list(self.masks))
 
     def with_blanks(self, ids: list[int]) -> tuple[list[int], tuple[int, ...]]:
         """The prompt and where its blanks are; one without any gets one at its end, as level sft trains it."""
         places = tuple(t for t, token in enumerate(ids) if token in self.masks.values())
         return (ids, places) if places else ([*ids, self.marks.mask], (len(ids),))
+
+
+def opened(text: Rendered, masks: Sequence[str]) -> Rendered:
+    """The text with the mask tokens in its content: they are blanks, not content."""
+    if not masks:
+        return text
+    pattern, content = re.compile("|".join(map(re.escape, masks))), []
+    for start, end in text.content:
+        for found in pattern.finditer(text.text, start, end):
+            content.append((start, found.start()))
+            start = found.end()
+        content.append((start, end))
+    return replace(text, content=[(a, b) for a, b in content if a < b])
 
 
 def filler_of(codec: Codec) -> Filler:
