@@ -1,26 +1,26 @@
 """Files in and out: JSONL lines, atomic writes, fingerprints, and the names in a run folder."""
 
-import gzip
 import hashlib
-import io
 import os
+import re
 import secrets
 import shutil
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO
 
 import msgspec
 
 from sftcli.errors import CheckpointError, DataError, Exit, SftError, UsageError
 from sftcli.hub import local
+from sftcli.lines import MAX_DEPTH, MAX_LINE_BYTES, deeper_than, name_of, read_lines
 
 ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; the next stage refuses it
-MAX_LINE_BYTES = 8 * 1024 * 1024
 CHUNK = 1 << 20
+BYTE = re.compile(r" \(byte (\d+)\)$")  # how msgspec says where, from 0
+CUT_OFF = "not JSON: Input data was truncated"
 
 TOKENS, ROWS, RECIPE, RUN = "tokens.jsonl", "rows.safetensors", "recipe.yaml", "run.json"
 BASE, MODEL, ADAPTER, CHECKPOINTS = "base", "model", "adapter", "checkpoints"
@@ -31,67 +31,18 @@ METRICS, SAMPLES, COMPLETIONS, EVALUATION = "metrics.jsonl", "samples.jsonl", "c
 # ---- reading
 
 
-@contextmanager
-def open_input(path: str) -> Iterator[BinaryIO]:
-    """Open a file, or stdin for `-`; .gz and .zst are recognised by content and streamed."""
-    try:
-        raw: Any = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    buffered = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
-    try:
-        magic = buffered.peek(4)[:4]
-        if magic[:2] == b"\x1f\x8b":
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
-        elif magic == b"\x28\xb5\x2f\xfd":
-            yield _zstd_reader(buffered)
-        else:
-            yield buffered
-    except OSError as error:
-        raise UsageError(f"cannot read {name_of(path)}: {error.strerror or error}") from None
-    finally:
-        if path != "-":
-            raw.close()
-
-
-def _zstd_reader(raw: BinaryIO) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError:
-        raise UsageError("reading .zst needs zstandard", hint="pip install 'sftcli[zstd]'") from None
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
-
-
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line without its end) of every line that is not blank; cut at 0x0A bytes only."""
-    with open_input(path) as file:
-        number = 0
-        try:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", f"{name_of(path)}:{number}")
-                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                    line = line[3:]
-                if line.strip():
-                    yield number, line.rstrip(b"\r\n")
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"damaged compressed file: {error}", f"{name_of(path)}:{number + 1}") from None
-
-
-def name_of(path: str) -> str:
-    return "<stdin>" if path == "-" else path
-
-
 def decode_json(line: bytes, where: str, kind: Any = Any) -> Any:
-    """Decode one JSON line into `kind`. Raises DataError with file:line and the JSON path."""
+    """Decode one JSON line into `kind`. Raises DataError with file:line, the byte and the JSON path."""
     try:
         return msgspec.json.decode(line, type=kind)
     except msgspec.ValidationError as error:
         reason, _, field = str(error).partition(" - at `")
         raise DataError(reason, where, field.rstrip("`") or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"not JSON: {error}", where) from None
+        reason = str(error).removeprefix("JSON is malformed: ")
+        place = BYTE.search(reason)
+        reason = reason[: place.start()] if place else reason
+        raise DataError(f"not JSON: {reason}", where, byte=int(place[1]) + 1 if place else None) from None
     except RecursionError:
         raise DataError("not JSON: nested too deeply", where) from None
 
@@ -100,25 +51,59 @@ class PreviousStageFailed(DataError):
     """The input ends with the error line of the stage that wrote it."""
 
 
-def line_fields(line: bytes, where: str) -> dict[str, msgspec.Raw]:
-    """The fields of one JSON line, undecoded. Raises DataError; PreviousStageFailed for another stage's error line."""
+def line_fields(line: bytes, where: str, last: bool = False) -> dict[str, msgspec.Raw]:
+    """The fields of one JSON line, undecoded. Raises DataError; PreviousStageFailed for another stage's error line.
+
+    `last`: no newline came after it, so that it may have been cut off."""
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", where)
     try:
         line.decode()  # msgspec takes any bytes inside a Raw, and unknown fields pass through
+        fields: dict[str, msgspec.Raw] = decode_json(line, where, dict[str, msgspec.Raw])
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error.reason} at byte {error.start + 1}", where) from None
-    fields: dict[str, msgspec.Raw] = decode_json(line, where, dict[str, msgspec.Raw])
+        if last and error.end == len(line) and error.reason == "unexpected end of data":
+            raise _cut_off(line, where) from None
+        raise DataError(f"not UTF-8: {error.reason}", where, byte=error.start + 1) from None
+    except DataError as error:
+        raise _cut_off(line, where) if last and error.reason == CUT_OFF else error from None
     if ERROR_FIELD in fields:
         told = decode_json(bytes(fields[ERROR_FIELD]), where)
         message = told.get("message", "") if isinstance(told, dict) else told
         raise PreviousStageFailed(f"the stage before this one failed: {message}", where)
+    if deeper_than(line, MAX_DEPTH):
+        raise DataError(f"not JSON: nested deeper than {MAX_DEPTH}", where)
+    for name, raw in fields.items():
+        _refuse_infinite(bytes(raw), where, name)
     return fields
+
+
+def _cut_off(line: bytes, where: str) -> DataError:
+    return DataError(f"truncated last line, {len(line)} bytes", where)
+
+
+def _refuse_infinite(value: bytes, where: str, name: str) -> None:
+    """Numbers beyond float64, such as 1e999, would be infinite for whoever reads the field later."""
+    if value[:1] != b'"' and (b"e" in value or b"E" in value or (len(value) > 308 and b"." in value)):
+        try:
+            decode_json(value, where)
+        except DataError as error:
+            raise DataError(error.reason, where, f"$.{name}" + (error.field or "$")[1:]) from None
 
 
 def read_objects(path: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw]]]:
     """Yield (file:line, the line, its fields undecoded) of a JSONL file."""
-    for number, line in read_lines(path):
+    for number, line, last in read_lines(path):
         where = f"{name_of(path)}:{number}"
-        yield where, line, line_fields(line, where)
+        yield where, line, line_fields(line, where, last)
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=): an object that has a key twice means two things."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in found if names.count(name) > 1)!r}")
+    return found
 
 
 def read_bytes(path: Path) -> bytes:

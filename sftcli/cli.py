@@ -28,6 +28,7 @@ from sftcli.flags import (
     RecipeFile,
     Set,
     Spans,
+    SpecialInContent,
     Template,
     TemplateText,
     WeightedRows,
@@ -137,6 +138,7 @@ def tokenize(
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FILE|whitespace", help="A tokenizer.json instead of -m.")
     ] = None,
+    special_in_content: SpecialInContent = None,
     on_error: Annotated[str | None, typer.Option(help="fail (default) or skip bad lines.")] = None,
     rejects: Annotated[str | None, typer.Option(metavar="FILE", help="Where skipped lines go, with reasons.")] = None,
     recipe: RecipeFile = None,
@@ -160,6 +162,7 @@ def tokenize(
         template=template,
         template_text=template_text,
         tokenizer=tokenizer,
+        special_in_content=special_in_content,
         on_error=on_error,
         rejects=rejects,
     )
@@ -306,6 +309,7 @@ def generate(
     columns: Columns = None,
     template: Template = None,
     template_text: TemplateText = None,
+    special_in_content: SpecialInContent = None,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
 ) -> None:
@@ -340,6 +344,7 @@ def generate(
         columns=columns,
         template=template,
         template_text=template_text,
+        special_in_content=special_in_content,
     )
     complete(options, prompts, model, output, show_batch)
 

@@ -5,7 +5,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,6 +63,24 @@ def fail(text: str, hint: str | None) -> None:
     label, second = ("\x1b[1;31merror:\x1b[0m", "\x1b[1;36mhint:\x1b[0m") if coloured() else ("error:", "hint:")
     rank = f"[rank {RANK}] " if RANK else ""
     print(f"{rank}{label} {safe(text)}" + (f"; {second} {safe(hint)}" if hint else ""), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def libraries_silenced() -> Iterator[None]:
+    """What libraries write to stderr (Rust's account of a panic) is not shown; what is printed here is."""
+    ours, kept = sys.stderr, os.dup(2)
+    with suppress(OSError):  # of a stream without a number
+        if ours.fileno() == 2:
+            sys.stderr = os.fdopen(kept, "w", 1, ours.encoding, ours.errors, closefd=False)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        sys.stderr = ours
+        os.close(kept)
 
 
 def coloured(stderr: bool = True) -> bool:

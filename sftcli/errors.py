@@ -28,16 +28,23 @@ class SftError(Exception):
 
 
 class DataError(SftError):
-    """A bad line of input: `where` is file:line, `field` a JSON path."""
+    """A bad line of input: `where` is file:line, `field` a JSON path, `byte` a place in the line, from 1."""
 
-    def __init__(self, reason: str, where: str | None = None, field: str | None = None, hint: str | None = None):
-        at = f" at {field}" if field else ""
-        super().__init__(f"{where + ': ' if where else ''}{reason}{at}", Exit.DATA, hint)
-        self.reason, self.where, self.field = reason, where, field
+    def __init__(
+        self,
+        reason: str,
+        where: str | None = None,
+        field: str | None = None,
+        hint: str | None = None,
+        byte: int | None = None,
+    ):
+        place = f"{where}:{byte}: " if where and byte else f"{where}: " if where else ""
+        super().__init__(f"{place}{reason}{f' at {field}' if field else ''}", Exit.DATA, hint)
+        self.reason, self.where, self.field, self.byte = reason, where, field, byte
 
     def located(self, where: str) -> "DataError":
         """The same error, said of a file and line (kept if it already has one)."""
-        return self if self.where else DataError(self.reason, where, self.field, self.hint)
+        return self if self.where else DataError(self.reason, where, self.field, self.hint, self.byte)
 
 
 class UsageError(SftError):

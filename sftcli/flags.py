@@ -41,6 +41,9 @@ Adapters = Annotated[
     typer.Option(metavar="RUN|FOLDER|none", help="On -m; several are asked in turn, `none` is -m alone."),
 ]
 TemplateText = Annotated[str | None, typer.Option(metavar="TEXT", help="e.g. '<bos>{question}<sep>{answer}<eos>'.")]
+SpecialInContent = Annotated[
+    str | None, typer.Option(metavar="HOW", help="Control strings in messages: escape (default), error or allow.")
+]
 Kind = Annotated[
     str | None, typer.Option("--objective", metavar="KIND", help="causal (default), glm or bert; its flags:")
 ]

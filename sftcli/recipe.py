@@ -81,6 +81,9 @@ class Init(Options):
         return self
 
 
+InContent = Literal["escape", "error", "allow"]  # control strings in a message: plain text, refused, control tokens
+
+
 class Tokenize(Options):
     """Raw JSONL -> documents."""
 
@@ -89,6 +92,7 @@ class Tokenize(Options):
     template: str | None = None  # chatml, llama3, alpaca, plain, or a Jinja file; None: the model folder's own
     template_text: str | None = None
     tokenizer: str | None = None  # a tokenizer.json, or `whitespace`, instead of a model folder
+    special_in_content: InContent = "escape"
     on_error: Literal["fail", "skip"] = "fail"
     rejects: str | None = None
 
@@ -352,6 +356,7 @@ class Generate(Options):
     columns: Columns = {}
     template: str | None = None
     template_text: str | None = None
+    special_in_content: InContent = "escape"
     fill: bool | None = None  # a prompt's blanks instead of going on at its end; None: if the model learned to
     batch_size: Positive = 32
     max_new_tokens: Positive = 256

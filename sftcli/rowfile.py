@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sftcli.artifacts import CHUNK, atomic_file, cannot_write
+from sftcli.artifacts import CHUNK, atomic_file, cannot_write, no_duplicates
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.rows import FORMAT, PER_TOKEN, Row
 
@@ -156,7 +156,7 @@ class RowFile:
         if length > min(size - 8, 100_000_000):
             raise CheckpointError(f"{path} is not a safetensors file, or is cut off: header of {length} bytes")
         try:
-            header = json.loads(bytes(self.bytes[8 : 8 + length]))
+            header = json.loads(bytes(self.bytes[8 : 8 + length]), object_pairs_hook=no_duplicates)
             self.columns = {name: self._view(8 + length, item) for name, item in header.items() if name[:2] != "__"}
             known = header.get("__metadata__", {}).get("format")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """Commands beside the pipeline: look at files, talk with a model, turn models into other forms. In cli.py by name."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -85,7 +86,7 @@ def show(
 
 
 def check(
-    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Raw JSONL files, or - .")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA|FOLDER", help="Raw JSONL files, or -; or a model folder.")],
     model: Model = None,
     columns: Columns = None,
     template: Template = None,
@@ -95,7 +96,17 @@ def check(
 
     \b
     sft check chat.jsonl -m MODEL
+    sft check FOLDER
+
+    Of a model folder alone: what each file is and what it may do, without loading any. Exit code 5 if one is unsafe.
     """
+    dies_with_its_reader()
+    if len(data) == 1 and Path(data[0]).is_dir() and not model:
+        from sftcli.stages.check_folder import check_folder
+
+        if not check_folder(data[0]):
+            raise typer.Exit(int(Exit.CHECKPOINT))
+        return
     from sftcli.stages.check import check as stage
 
     if not model:

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -81,6 +83,37 @@ def run_process(*args: Any, stdin: bytes = b"", cwd: Path | None = None, **env: 
 def private_cache(tmp_path_factory, monkeypatch):
     """Nothing is remembered between tests, nothing is written to the home folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def of_ours(frame: Any) -> bool:
+    """Whether a module of ours is among the callers."""
+    while frame and not str(frame.f_globals.get("__name__", "")).startswith("sftcli."):
+        frame = frame.f_back
+    return frame is not None
+
+
+@pytest.fixture(autouse=True)
+def no_pickle_and_no_network(monkeypatch):
+    """Nothing of ours ever unpickles or leaves this machine, in no test; the oracles may."""
+
+    def guarded(name: str, made: Any) -> Any:
+        def guard(*args: Any, **named: Any) -> Any:
+            assert not of_ours(sys._getframe(1)), f"{name} was called"
+            return made(*args, **named)
+
+        return guard
+
+    def connect(self: socket.socket, address: Any) -> None:
+        local = self.family == getattr(socket, "AF_UNIX", None) or address[0] in ("127.0.0.1", "localhost", "::1")
+        assert local, f"a connection to {address}"
+        connected(self, address)
+
+    connected = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    for name in ("load", "loads"):
+        monkeypatch.setattr(pickle, name, guarded(f"pickle.{name}", getattr(pickle, name)))
+    if torch := sys.modules.get("torch"):
+        monkeypatch.setattr(torch, "load", guarded("torch.load", torch.load))
 
 
 @pytest.fixture

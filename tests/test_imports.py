@@ -18,7 +18,19 @@ MAY_IMPORT = {
     "model": {"basis", "model"},
     "basis": {"basis"},
 }
-LEVELS = ["errors", "hub", "artifacts", "rows", "rowfile", "indexedfile", "console", "recipe", "recipefile", "views"]
+LEVELS = [
+    "errors",
+    "hub",
+    "lines",
+    "artifacts",
+    "rows",
+    "rowfile",
+    "indexedfile",
+    "console",
+    "recipe",
+    "recipefile",
+    "views",
+]
 
 
 def name_of(path):

@@ -165,7 +165,7 @@ def test_show_refuses_what_it_does_not_know(sft, lines, tmp_path):
     result = sft("show", tmp_path)
     assert result.code == 2 and "is neither a model folder nor a run" in result.err
     result = sft("show", lines(b"nonsense\n"))
-    assert result.code == 3 and "data.jsonl:1: not JSON" in result.err
+    assert result.code == 3 and "data.jsonl:1:5: not JSON" in result.err
     (tmp_path / "x.safetensors").write_bytes(b"short")
     result = sft("show", tmp_path / "x.safetensors")
     assert result.code == 5 and "not a safetensors file" in result.err
@@ -229,7 +229,7 @@ def test_check_names_the_first_row_that_is_refused_and_reads_on(sft, base, lines
     data = lines(chat("q", "a"), b"nonsense\n", {"messages": [{"role": "narrator", "content": "x"}]}, chat("r", "b"))
     result = sft("check", data, "-m", base)
     assert (result.code, marks(result)["rows"]) == (3, "FAIL")
-    assert f"4 rows; 2 refused, first: {data}:2: not JSON" in result.out.decode()
+    assert f"4 rows; 2 refused, first: {data}:2:5: not JSON" in result.out.decode()
 
 
 def test_check_names_rows_that_the_tokenizer_refuses(sft, lines, tmp_path):

@@ -2,10 +2,12 @@
 
 import datetime
 import json
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import chat
+from conftest import ROOT, chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -569,6 +571,37 @@ PAYLOADS = [
     "{{ '%s' | format(1, 2, 3) }}",
     "{{ 1 / 0 }}",
     "{{ messages[0].nothing.at.all }}",
+    # a gigabyte by a number, by repetition, by doubling, by one text in many places
+    "{{ 'x'.center(999999999) }}",
+    "{{ 'x' | center(999999999) }}",
+    "{{ messages[0].content.rjust(999999999) }}",
+    "{{ 'x'.zfill(999999999) }}",
+    "{{ '\\t'.expandtabs(999999999) }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ '{:>{w}}'.format(1, w=999999999) }}",
+    "{{ '%*d' % (999999999, 1) }}",
+    "{{ '%.999999999f' | format(1) }}",
+    "{{ 'x\ny' | indent(999999999) }}",
+    "{{ messages | tojson(indent=999999999) }}",
+    "{{ [1] | batch(999999999, 0) | list }}",
+    "{{ [1] | slice(999999999) | list }}",
+    "{{ ('a' * 99999) | wordwrap(1, wrapstring='b' * 99999) }}",
+    "{{ 'a'.translate({97: 'b' * 9999999}) }}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(50) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=messages[0].content) %}{% for i in range(50) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=9) %}{% for i in range(50) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{% set x = 'a' * 9999999 %}{{ x.replace('a', x) }}",
+    "{% set x = 'a' * 9999999 %}{{ x | replace('a', x) }}",
+    "{% set x = 'a' * 9999999 %}{{ x | join(x) }}",
+    "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+    "{% macro m() %}{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endmacro %}{{ m() }}",
+    "{{ ['x' * 9999999] * 9999 }}",
+    "{{ (['x' * 9999999] * 9999) | tojson }}",
+    "{{ (['x' * 9999999] * 9999) | string }}",
+    "{{ '%r' % (['x' * 9999999] * 9999,) }}",
+    "{{ '{}'.format(['x' * 9999999] * 9999) }}",
 ]
 
 
@@ -579,6 +612,29 @@ def test_a_hostile_template_fails_in_one_line_and_soon(payload):
         Template(payload, "hostile", {}).render([{"role": "user", "content": "q"}], None, False)
     assert str(caught.value).startswith("template hostile ")
     assert time.process_time() - start < 1.5
+
+
+@pytest.mark.slow
+def test_no_hostile_template_takes_much_memory():
+    """In a process of its own, whose memory is limited: none of them meets the limit."""
+    script = (
+        "import resource, sys, json\n"
+        "from sftcli.text.template import Template\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (900 << 20,) * 2)\n"
+        "for payload in json.load(sys.stdin):\n"
+        "    try: Template(payload, 'hostile', {}).render([{'role': 'user', 'content': 'q'}], None, False)\n"
+        "    except Exception as error: assert 'Memory' not in str(error), payload\n"
+    )
+    subprocess.run([sys.executable, "-c", script], input=json.dumps(PAYLOADS[-30:]).encode(), check=True, cwd=ROOT)
+
+
+def test_a_template_may_still_do_what_templates_do():
+    source = (
+        "{{ 'a'.center(9) }}|{{ messages | tojson(indent=4) | length }}|{{ '%5d' % 3 }}|{{ '{:>4}'.format('b') }}|"
+        "{{ [1, 2] + [3] }}|{{ 'x' * 3 }}|{{ 'a b' | replace(' ', '-') }}|{{ 2 ** 10 }}|{{ ['a', 'b'] | join(', ') }}"
+    )
+    written = Template(source, "plain", {}).render([{"role": "user", "content": "q"}], None, False)
+    assert written == "    a    |62|    3|   b|[1, 2, 3]|xxx|a-b|1024|a, b"
 
 
 def test_an_empty_message_has_no_first_character_and_no_traceback():

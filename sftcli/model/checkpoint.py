@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sftcli import console
 from sftcli.artifacts import atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
@@ -77,6 +78,8 @@ def open_folder(path: Path) -> ModelFolder:
     config_json = read_json(path / "config.json")
     if not isinstance(config_json, dict):
         raise CheckpointError(f"{path / 'config.json'}: expected an object")
+    if "auto_map" in config_json:
+        _warn_of_code(path)
     try:
         family = family_of(config_json)
         config = family.read_config(config_json)
@@ -102,6 +105,12 @@ def _with_optional(folder: ModelFolder) -> GPTConfig:
     held = {folder.family.upstream_name(entry.name) for path in folder.files for entry in read_entries(path)}
     switches: dict[str, Any] = {switch: name in held for name, switch in folder.family.optional.items()}
     return replace(folder.config, **switches)
+
+
+@cache
+def _warn_of_code(path: Path) -> None:
+    """Once for every folder."""
+    console.warn(f"{path} brings code of its own (auto_map), which is not run")
 
 
 def _open_extra(folder: ModelFolder) -> None:
@@ -142,6 +151,7 @@ def _check_config(config: GPTConfig) -> None:
     if config.heads % config.kv_heads:
         raise CheckpointError(f"config.json: {config.heads} heads cannot share {config.kv_heads} key heads evenly")
     largest = config.width * max(config.vocab_size, config.mlp_width, config.heads * config.head_dim)
+    largest *= max(config.layers, 1)  # more than there is, and near enough
     if largest > MAX_PARAMETERS or (config.learned_positions and config.context * config.width > MAX_PARAMETERS):
         raise CheckpointError("config.json asks for a model beyond any memory")
 

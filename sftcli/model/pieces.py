@@ -75,7 +75,8 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _turn(grad, *ctx.saved_tensors, ctx.interleaved, -1.0), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, ctx.interleaved, -1.0), None, None, None
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

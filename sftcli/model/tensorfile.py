@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sftcli.artifacts import read_json, write_json
+from sftcli.artifacts import no_duplicates, read_json, write_json
 from sftcli.errors import CheckpointError, UsageError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def read_entries(path: Path) -> list[Entry]:
             pass
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=no_duplicates)
     except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     begin = 8 + length

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sftcli import console
-from sftcli.artifacts import atomic_file, json_line, line_fields, read_bytes, read_lines, text_folder
+from sftcli.artifacts import atomic_file, json_line, line_fields, read_bytes, text_folder
 from sftcli.errors import DataError, SftError, UsageError
+from sftcli.lines import read_lines
 from sftcli.model.adapters.peft import apply, open_model
 from sftcli.model.checkpoint import load_trained
 from sftcli.model.decoding import Held, Token, decode
@@ -63,7 +64,7 @@ class Model:
         folder, adapter = open_model(path)
         if folder.config.block_positions or folder.config.fills_masks:
             raise UsageError(f"{path} fills blanks and does not chat", hint="`sft generate` asks it")
-        self.codec = codec_for(path, None)
+        self.codec = codec_for(path, None, options.special_in_content)
         template = template_for(self.codec, path, options.template, options.template_text, options.columns)
         self.speaker = Speaker(template, self.codec.ends)
         self.engine = choose_engine(options.device, options.dtype)
@@ -313,7 +314,7 @@ def _shown(text: str) -> str:
 
 def _in_a_pipe(talk: Chat) -> None:
     """A line of stdin is a question or a command; a line of stdout is an answer, its line ends written as \\n."""
-    for number, line in read_lines("-"):
+    for number, line, _ in read_lines("-"):
         try:
             answer = talk.respond(line.decode().strip())
             if answer is None:

@@ -44,7 +44,8 @@ def check(options: Tokenize, model: str) -> bool:
     template = template_for(codec, model, options.template, options.template_text, options.columns)
     config = read_json(folder / "config.json")
     context = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
-    found = _examine(options, codec, Speaker(template, codec.ends), template.wanted, context)
+    with console.libraries_silenced():
+        found = _examine(options, codec, Speaker(template, codec.ends), template.wanted, context)
     results = _judge(found, codec, config, context)
     screen = console.console(stderr=False)
     for passed, name, text in results:

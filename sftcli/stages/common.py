@@ -7,9 +7,11 @@ from typing import IO
 
 import msgspec
 
-from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, name_of, open_output, read_lines, text_folder
-from sftcli.console import note
+from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, open_output, text_folder
+from sftcli.console import note, warn
 from sftcli.errors import CheckpointError, DataError, UsageError
+from sftcli.lines import name_of, read_lines
+from sftcli.recipe import InContent
 from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file
 from sftcli.text.speaker import Rendered
 from sftcli.text.store import remember
@@ -19,13 +21,21 @@ from sftcli.text.tokenizer import Codec, Encoded
 SHOWN_REJECTS = 10
 
 
-def codec_for(model: str | None, tokenizer: str | None) -> Codec:
-    """The tokenizer of `-m`, or the one that --tokenizer names."""
-    if tokenizer:
-        return load_tokenizer_file(tokenizer)
-    if not model:
+def codec_for(model: str | None, tokenizer: str | None, in_content: InContent = "escape") -> Codec:
+    """The tokenizer of `-m`, or the one that --tokenizer names; `in_content` is --special-in-content."""
+    if not tokenizer and not model:
         raise UsageError("no model", hint="-m MODEL (a folder or a run), or --tokenizer FILE")
-    return load_codec(text_folder(model))
+    codec = load_tokenizer_file(tokenizer) if tokenizer else load_codec(text_folder(str(model)))
+    codec.in_content = in_content
+    return codec
+
+
+def report_controls(stage: str, codec: Codec) -> None:
+    """Tell how often content held a control string, and what became of it."""
+    if codec.counts.defused:
+        note(f"{stage}: {codec.counts.defused:,} control strings in content were encoded as plain text")
+    if codec.counts.allowed:
+        warn(f"{stage}: {codec.counts.allowed:,} control strings in content became control tokens")
 
 
 def template_for(
@@ -72,10 +82,10 @@ def keep_for_later(codec: Codec, template: Template | None) -> None:
 def read_lines_of(paths: Sequence[str]) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | DataError]]:
     """(file:line, line, its fields) of several JSONL inputs; a line that is not an object comes as its error."""
     for path in paths:
-        for number, line in read_lines(path):
+        for number, line, last in read_lines(path):
             where = f"{name_of(path)}:{number}"
             try:
-                yield where, line, line_fields(line, where)
+                yield where, line, line_fields(line, where, last)
             except PreviousStageFailed:
                 raise
             except DataError as error:
@@ -133,6 +143,7 @@ class Rejects:
                     {
                         "file": file,
                         "line": int(number) if number.isdigit() else None,
+                        "byte": error.byte,
                         "reason": error.reason,
                         "field": error.field,
                         "raw_b64": base64.b64encode(line).decode(),

@@ -21,7 +21,7 @@ from sftcli.model.growth import Blanks, Grown, Prompt
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
-from sftcli.stages.common import codec_for, encode_lines, read_lines_of, template_for
+from sftcli.stages.common import codec_for, encode_lines, read_lines_of, report_controls, template_for
 from sftcli.text import pretokenized
 from sftcli.text.folder import folder_template, stop_ids
 from sftcli.text.objectives.blank_infilling import Filler, filler_of
@@ -72,7 +72,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     """Run the stage."""
     folder, adapters = _models(options, model)
     words = _words_of(model, options)
-    codec = codec_for(words, None)
+    codec = codec_for(words, None, options.special_in_content)
     template = template_for(codec, words, options.template, options.template_text, options.columns)
     engine = choose_engine(options.device, options.dtype)
     network = load_trained(folder, engine.dtype).to(engine.device)
@@ -108,6 +108,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
         if failed:
             raise failed[0]
     _report(summary, cloze)
+    report_controls("generate", codec)
     return summary
 
 

@@ -17,7 +17,15 @@ from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.rows import REASONING, RESERVED, Document, encode_document
-from sftcli.stages.common import Rejects, codec_for, encode_lines, keep_for_later, read_lines_of, template_for
+from sftcli.stages.common import (
+    Rejects,
+    codec_for,
+    encode_lines,
+    keep_for_later,
+    read_lines_of,
+    report_controls,
+    template_for,
+)
 from sftcli.text import pretokenized
 from sftcli.text.records import Conversation, read_record, renamed
 from sftcli.text.speaker import REASONING_FIELDS, Rendered, Speaker
@@ -88,9 +96,10 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
     with (
         open_output(output) as out,
         Rejects(options.on_error, options.rejects) as rejects,
+        console.libraries_silenced(),
         console.live() as line,
     ):
-        codec = codec_for(model, options.tokenizer)
+        codec = codec_for(model, options.tokenizer, options.special_in_content)
         template = template_for(codec, model, options.template, options.template_text, options.columns)
         keep_for_later(codec, template)
         counter = console.Counter(line, "tokenize")
@@ -317,5 +326,4 @@ def _report(summary: Summary, codec: Codec, template: Template) -> None:
             f"tokenize: at {codec.counts.merges_cut:,} starts of the model's words the tokenizer would have merged "
             "across; the cut is kept, as generate feeds it"
         )
-    if codec.counts.defused:
-        console.note(f"tokenize: {codec.counts.defused:,} control strings in content were encoded as plain text")
+    report_controls("tokenize", codec)

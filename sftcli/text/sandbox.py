@@ -3,6 +3,7 @@
 import datetime
 import functools
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,15 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from sftcli.text.traced import Traced, concat, formatted, trace, traced_message
+from sftcli.text.traced import MAX_TEXT, Traced, concat, formatted, trace, traced_message
 
-MAX_OUTPUT = 16 << 20  # characters that a template may write
+MAX_WIDTH = 10_000  # of a padded text, and other numbers that make a text or list longer
+MAX_ITEMS = 1 << 20  # of a list that a template makes by repetition
+MAX_BITS = 1 << 14  # of a whole number
+WIDE = re.compile(r"\d{4,}|\*")  # in a format: a width
+NESTED = re.compile(r"\{[^{}]*\{")  # in a format: a width that is a value
 # filters that make a new text of a text, which then counts as content as a whole
+SIZED = ("batch", "center", "indent", "round", "slice", "wordwrap")  # filters that take a width or a count
 REMADE = ("center", "e", "escape", "forceescape", "indent", "reverse", "title", "truncate", "urlencode", "wordwrap")
 
 
@@ -50,39 +56,82 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _CodeGenerator
     concat = staticmethod(concat)
-    intercepted_binops = frozenset(["*", "**", "%"])
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    written = 0  # characters since the template began
 
-    @staticmethod
-    def text(value: Any) -> str:
+    def text(self, value: Any) -> str:
         """What is written for a value: Python's text of a list or an object holds the texts in it, so it is traced."""
-        if isinstance(value, str):
-            return value
-        message = traced_message(value)
-        return str(value) if message is None else str(trace(str(value), message))
+        written = _plain(value)
+        self.written += len(written)
+        if self.written > MAX_TEXT:  # what macros and blocks write is joined at their end only
+            raise jinja2.sandbox.SecurityError(f"it writes more than {MAX_TEXT} characters")
+        return written
 
     def call(self, context: Any, called: Any, /, *args: Any, **named: Any) -> Any:
-        """Methods of a plain text that put other texts into it keep the trace of those."""
-        owner = getattr(called, "__self__", None)
-        if type(owner) is str and called.__name__ in ("join", "replace"):
-            called = getattr(Traced(owner, ()), called.__name__)
+        """Methods of a plain text that put other texts into it keep the trace of those; none may ask for gigabytes."""
+        method = getattr(called, "__wrapped__", called)  # Jinja wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, str):
+            if name in ("translate", "format_map"):
+                raise jinja2.sandbox.SecurityError(f"str.{name} is not available")
+            if name == "format":
+                _refuse_format(owner, NESTED)
+                _refuse_large((args, named))
+            elif name not in ("split", "rsplit", "startswith", "endswith", "find", "index"):
+                _refuse_wide(*args, *named.values())
+        if type(owner) is str and name in ("join", "replace"):
+            called = getattr(Traced(owner, ()), name)
         return super().call(context, called, *args, **named)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Repetition and formatting of text can ask for gigabytes: numbers only."""
-        if isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
-            if (operator == "*" and max(_size(left), 1) * max(_size(right), 1) > MAX_OUTPUT) or operator == "**":
+        """Repetition, addition and formatting can ask for gigabytes."""
+        texts = isinstance(left, str) or isinstance(right, str)
+        if texts or isinstance(left, list | tuple) or isinstance(right, list | tuple):
+            limit = MAX_TEXT if texts else MAX_ITEMS
+            if (operator == "*" and max(_size(left), 1) * max(_size(right), 1) > limit) or operator == "**":
                 raise jinja2.sandbox.SecurityError("repetition is too long")
-            if operator == "%" and re.search(r"\d{4,}|\*", str(left)):
-                raise jinja2.sandbox.SecurityError("format width is too large")
+            if operator == "+" and _size(left) + _size(right) > limit:
+                raise jinja2.sandbox.SecurityError("a text or list is too long")
             if operator == "%" and isinstance(left, str):
+                _refuse_format(left)
+                _refuse_large(right)
                 return formatted(left, right)
-        elif operator == "**" and abs(right) > 64:
-            raise jinja2.sandbox.SecurityError("exponent is too large")
+        elif (operator == "**" and abs(right) > 64) or max(_bits(left), _bits(right)) > MAX_BITS:
+            raise jinja2.sandbox.SecurityError("a number is too large")
         return super().call_binop(context, operator, left, right)
 
 
 def _size(value: Any) -> int:
     return value if isinstance(value, int) else len(value) if hasattr(value, "__len__") else 1
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 0
+
+
+def _refuse_wide(*given: Any) -> None:
+    """Raise for a width or a count that would make a text of gigabytes."""
+    if any(isinstance(value, int) and abs(value) > MAX_WIDTH for value in given):
+        raise jinja2.sandbox.SecurityError(f"a width or count is larger than {MAX_WIDTH}")
+
+
+def _refuse_format(pattern: str, *others: re.Pattern[str]) -> None:
+    if any(found.search(pattern) for found in (WIDE, *others)):
+        raise jinja2.sandbox.SecurityError("format width is too large")
+
+
+def _refuse_large(value: Any) -> None:
+    """Raise for a value whose text would be too long: one text may stand in a list many times."""
+    size, left = 0, [value]
+    while left:
+        item = left.pop()
+        size += len(item) if isinstance(item, str) else 2
+        if isinstance(item, dict):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            left += item
+        if size + len(left) > MAX_TEXT:
+            raise jinja2.sandbox.SecurityError(f"the text of a value has more than {MAX_TEXT} characters")
 
 
 def _raise_exception(message: str) -> None:
@@ -93,6 +142,8 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """As transformers: plain JSON without HTML escapes. What it writes came from data, so it is traced."""
+    _refuse_wide(indent)
+    _refuse_large(value)
     message = traced_message(value)
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return text if message is None else trace(text, message)
@@ -100,12 +151,34 @@ def _tojson(
 
 def _format(pattern: Any, *args: Any, **named: Any) -> str:
     """The `format` filter, keeping the trace and the limits of `%`."""
-    return str(environment().call_binop(None, "%", _Environment.text(pattern), named or args))
+    return str(environment().call_binop(None, "%", _plain(pattern), named or args))
 
 
 def _safe(value: Any) -> Any:
     """The `safe` filter: nothing is escaped here, and Jinja's marked text has no trace."""
     return value if isinstance(value, Traced) else jinja2.filters.do_mark_safe(value)
+
+
+def _sized(made_by: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses to make a text or list of gigabytes."""
+
+    @functools.wraps(made_by)
+    def sized(*args: Any, **named: Any) -> Any:
+        _refuse_wide(*args[1:], *named.values())
+        given = [value for value in (*args, *named.values()) if isinstance(value, str)]
+        if len(given) > 1 and math.prod(len(value) + 1 for value in given) > MAX_TEXT:  # one may be put between all
+            raise jinja2.sandbox.SecurityError("a text is too long")
+        return made_by(*args, **named)
+
+    return sized
+
+
+def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
+    """The `replace` filter, keeping the trace and the limit."""
+    source = _plain(text)
+    return (source if isinstance(source, Traced) else Traced(source, ())).replace(
+        old, new, -1 if count is None else count
+    )
 
 
 def _remade(made_by: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,16 +196,26 @@ def _remade(made_by: Callable[..., Any]) -> Callable[..., Any]:
 def _join(value: Any, separator: str = "", attribute: str | None = None) -> str:
     """The `join` filter, keeping the trace."""
     items = [item[attribute] if attribute else item for item in value]
-    pieces = [piece for item in items for piece in (separator, _Environment.text(item))]
+    pieces = [piece for item in items for piece in (separator, _plain(item))]
     return concat(pieces[1:])
+
+
+def _plain(value: Any) -> str:
+    """The `string` filter: a value as text, traced."""
+    if isinstance(value, str):
+        return value
+    _refuse_large(value)
+    message = traced_message(value)
+    return str(value) if message is None else trace(str(value), message)
 
 
 def environment() -> _Environment:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], autoescape=False
     )
-    environment.filters |= {"tojson": _tojson, "join": _join, "string": _Environment.text, "safe": _safe}
+    environment.filters |= {"tojson": _tojson, "join": _join, "string": _plain, "safe": _safe, "replace": _replace}
     environment.filters |= {"format": _format} | {name: _remade(environment.filters[name]) for name in REMADE}
+    environment.filters |= {name: _sized(environment.filters[name]) for name in SIZED}
     now = datetime.datetime.now()  # one moment for all: a prompt and its training text are rendered apart
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
     return environment

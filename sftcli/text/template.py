@@ -11,7 +11,7 @@ import jinja2
 from sftcli.artifacts import fingerprint, read_bytes
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import COMPLETION_NAMES
-from sftcli.text.sandbox import MAX_OUTPUT, environment
+from sftcli.text.sandbox import environment
 from sftcli.text.watch import limited
 
 BUILT_IN = Path(__file__).parent / "templates"
@@ -32,7 +32,8 @@ class Template:
         self.hash = fingerprint(source, json.dumps(self.specials, sort_keys=True))
         self.header: dict[str, Any] = _header(source)
         try:
-            self.compiled = environment().from_string(source)
+            self.environment = environment()
+            self.compiled = self.environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(f"template {name}, line {error.lineno}: {error.message}") from None
         except RecursionError:
@@ -48,16 +49,14 @@ class Template:
         messages = [_with_reasoning(message) if len(message) > 2 else message for message in messages]
         given = {"messages": messages, "tools": tools, "add_generation_prompt": open_turn, "documents": None}
         try:
-            text = str(limited(self.compiled.render, given | self.specials))
+            self.environment.written = 0
+            return str(limited(self.compiled.render, given | self.specials))
         except TimeoutError as error:
             raise TooSlow(f"template {self.name} failed: {error}") from None
         except jinja2.TemplateError as error:
             raise DataError(f"template {self.name} refused it: {error.message or type(error).__name__}") from None
         except Exception as error:  # a template is a program from elsewhere: any of Python's errors may come out
             raise DataError(f"template {self.name} failed: {type(error).__name__}: {error}") from None
-        if len(text) > MAX_OUTPUT:
-            raise DataError(f"template {self.name} wrote {len(text)} characters")
-        return text
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from sftcli.artifacts import fingerprint
 from sftcli.errors import CheckpointError, DataError
+from sftcli.recipe import InContent
 from sftcli.rows import Segment
 from sftcli.text.renamed import Renamed
 from sftcli.text.speaker import Rendered
@@ -30,6 +31,7 @@ class Counts:
 
     merges_cut: int = 0  # cuts across which the tokenizer would have merged
     defused: int = 0  # control strings inside content, encoded as plain text
+    allowed: int = 0  # control strings inside content that became control tokens, as was asked for
 
 
 class Codec:
@@ -53,6 +55,7 @@ class Codec:
         self.controls = {t["content"]: t["id"] for t in added if t["special"] or t["content"].strip()}
         self.control = _pattern(self.controls)
         self.ends = _pattern(token["content"] for token in added if token["special"])
+        self.in_content: InContent = "escape"
         self.counts = Counts()
         self.words = None if self.tokenizer.normalizer else self.tokenizer.pre_tokenizer
         self.left_words: dict[str, Any] = {}
@@ -119,10 +122,13 @@ class Codec:
         pieces = [text.text[start:end] for text, start, end in stretches]
         anchors = [self._anchor(text, start) for text, start, _ in stretches]
         forged = [self._forged(text, start, end) for text, start, end in stretches]
+        allowed = sum(map(len, forged)) if self.in_content == "allow" else 0
+        if allowed:
+            forged = [[] for _ in forged]
         windows = self._windows(stretches)
         strings = [anchor + piece for anchor, piece, found in zip(anchors, pieces, forged, strict=True) if not found]
         strings += [text for _, text, _ in windows]
-        return Work(texts, spans, stretches, pieces, anchors, forged, windows, strings)
+        return Work(texts, spans, stretches, pieces, anchors, forged, windows, strings, allowed)
 
     def run(self, work: "Work") -> list[Any]:
         """The library's part: it changes nothing here and lets go of the interpreter, so threads may do it."""
@@ -187,6 +193,7 @@ class Codec:
             )
         ]
         self.counts.defused += sum(map(len, work.forged))
+        self.counts.allowed += work.allowed
         for right, text, cut in work.windows:
             joint, before, after = next(encoded), results[right - 1], results[right]
             if not work.forged[right - 1] and not work.forged[right]:
@@ -268,6 +275,9 @@ class Codec:
                 found.append((match.start() - start, match.end() - start))
         if not found and self._folds:
             found = self._folded(text, start, end)
+        if found and self.in_content == "error":
+            (a, b), *_ = found
+            raise DataError(f"control string {text.text[start + a : start + b]} in content")
         return found
 
     def _folded(self, text: Rendered, start: int, end: int) -> list[tuple[int, int]]:
@@ -334,6 +344,7 @@ class Work:
     forged: list[list[tuple[int, int]]]
     windows: list[tuple[int, str, int]]
     strings: list[str]
+    allowed: int  # control strings in content that are left as they are
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 CONVERSION = re.compile(r"(%(?:\((\w+)\))?[#0 +-]*\d*(?:\.\d+)?[a-zA-Z%])")  # of `%` formatting
+MAX_TEXT = 16 << 20  # characters of any text that a template makes
 Span = tuple[int, int, int]  # start, end, number of the message
 REASONING = 1 << 30  # added to the number of a message: the text is its reasoning
 
@@ -146,15 +147,15 @@ def join_traced(pieces: Iterable[str]) -> Traced:
                 spans.append((at + a, at + b, message))
         texts.append(piece)
         at += len(piece)
+        if at > MAX_TEXT:
+            raise OverflowError(f"a text of more than {MAX_TEXT} characters")
     return Traced("".join(texts), tuple(spans))
 
 
 def concat(pieces: Iterable[str]) -> str:
     """What Jinja joins output with: traced if any piece is."""
-    pieces = list(pieces)
-    if any(isinstance(piece, Traced) for piece in pieces):
-        return join_traced(pieces)
-    return "".join(pieces)
+    joined = join_traced(pieces)
+    return joined if joined.spans else str.__str__(joined)
 
 
 def formatted(pattern: str, given: Any) -> str:

@@ -1,0 +1,165 @@
+"""Lines of a file or pipe, compressed or not, in bounded memory; nothing here knows what a line means."""
+
+import gzip
+import io
+import os
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, BinaryIO, NamedTuple, cast
+
+from sftcli.errors import DataError, UsageError
+
+MAX_LINE_BYTES = 8 << 20
+MAX_DEPTH = 256
+MAX_RATIO, SMALL = 200, 16 << 20  # more than SMALL bytes may not come out of 1/MAX_RATIO of them: a bomb
+ZSTD_CHUNK = 1 << 10  # of input at a time: up to 32768 times as much comes out of it
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+NOT_BRACKETS, ONE_KIND = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
+
+
+class Line(NamedTuple):
+    """A line without its end. `last`: no newline came after it. Of one that is too long, as much as shows that."""
+
+    number: int  # from 1
+    text: bytes
+    last: bool
+
+
+def name_of(path: str) -> str:
+    return "<stdin>" if path == "-" else path
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[io.BufferedReader]:
+    try:
+        raw: Any = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        yield raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+    except OSError as error:
+        raise UsageError(f"cannot read {name_of(path)}: {error.strerror or error}") from None
+    finally:
+        if path != "-":
+            raw.close()
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """Every line that is not blank, of a file or of stdin for `-`; .gz and .zst are known by their content.
+
+    Cut at 0x0A bytes only. Raises DataError for a file that is cut off, shrinks, or is a decompression bomb.
+    """
+    with _opened(path) as raw:
+        number, size = 0, _size_of(raw)
+        try:
+            for line in _lines(raw):
+                number = line.number
+                if line.text.strip():
+                    yield line
+        except (EOFError, gzip.BadGzipFile, zlib.error, _Damaged) as error:
+            raise DataError(f"damaged compressed file: {error}", f"{name_of(path)}:{number + 1}") from None
+        if size is not None and raw.tell() < size:
+            raise DataError(f"the file became shorter while it was read: {size} bytes", f"{name_of(path)}:{number}")
+
+
+def _lines(raw: io.BufferedReader) -> Iterator[Line]:
+    counted = _Counted(raw)
+    file = _decompressed(raw, counted)
+    number = held = 0
+    while text := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        whole, held = text.endswith(b"\n"), held + len(text)
+        if number == 1:
+            text = text.removeprefix(b"\xef\xbb\xbf")
+        yield Line(number, text if len(text) > MAX_LINE_BYTES else text.rstrip(b"\r\n"), not whole)
+        while not whole and (text := file.readline(MAX_LINE_BYTES)):  # the rest of a line that is too long
+            whole, held = text.endswith(b"\n"), held + len(text)
+            counted.refuse_bomb(held)
+        counted.refuse_bomb(held)
+
+
+def _size_of(raw: IO[bytes]) -> int | None:
+    """How large a file is that can only shrink or grow; None for pipes, which have no size."""
+    try:
+        status = os.fstat(raw.fileno())
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _decompressed(raw: io.BufferedReader, counted: "_Counted") -> BinaryIO:
+    magic = raw.peek(4)[:4]
+    if magic[:2] == b"\x1f\x8b":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=cast(Any, counted)))
+    if magic == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(_Zstd(counted))
+    return raw
+
+
+class _Damaged(Exception):
+    """A compressed file that cannot be read on."""
+
+
+class _Counted:
+    """Compressed bytes on their way, counted."""
+
+    def __init__(self, raw: IO[bytes]):
+        self.raw, self.count = raw, 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.raw.read(size)
+        self.count += len(data)
+        return data
+
+    def refuse_bomb(self, held: int) -> None:
+        """Raise where too much came out of too little."""
+        if self.count and held > SMALL and held > MAX_RATIO * self.count:
+            raise _Damaged(f"{held} bytes came out of {self.count}, more than {MAX_RATIO} times as many")
+
+
+class _Zstd(io.RawIOBase):
+    """What zstd frames hold. The library's own reader takes a frame that is cut off for a short one."""
+
+    def __init__(self, counted: _Counted):
+        try:
+            import zstandard
+        except ImportError:
+            raise UsageError("reading .zst needs zstandard", hint="pip install 'sftcli[zstd]'") from None
+        self.library, self.counted = zstandard, counted
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.waiting = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.waiting:
+            data = self.frame.unused_data if self.frame.eof else b""
+            data = data or self.counted.read(ZSTD_CHUNK)
+            if not data and self.frame.eof:
+                return 0
+            if not data:
+                raise EOFError("it ends in the middle of a frame")
+            if self.frame.eof:
+                self.frame = self.library.ZstdDecompressor().decompressobj()
+            try:
+                self.waiting = memoryview(self.frame.decompress(data))
+            except self.library.ZstdError as error:
+                raise _Damaged(str(error)) from None
+        size = min(len(buffer), len(self.waiting))
+        buffer[:size], self.waiting = self.waiting[:size], self.waiting[size:]
+        return size
+
+
+def deeper_than(line: bytes, depth: int) -> bool:
+    """Whether the objects and lists of a JSON line are nested deeper."""
+    if line.count(b"[") + line.count(b"{") <= depth:
+        return False
+    left = STRING.sub(b"", line).translate(ONE_KIND, NOT_BRACKETS)
+    for _ in range(depth):
+        left = left.replace(b"[]", b"")
+    return bool(left)

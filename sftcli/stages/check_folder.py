@@ -1,0 +1,108 @@
+"""sft check FOLDER: what the files of a model folder are and what they may do, without loading any of them."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from sftcli import artifacts, console
+from sftcli.artifacts import no_duplicates
+from sftcli.errors import SftError
+from sftcli.text.folder import folder_template, load_codec
+from sftcli.text.template import Template
+
+PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
+CODE = (".dll", ".dylib", ".py", ".pyc", ".sh", ".so")
+MAX_HEADER = 100_000_000
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
+WIDTHS |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+MARKS = {True: ("ok", "green"), False: ("UNSAFE", "bold red"), None: ("note", "yellow")}
+
+Verdict = tuple[bool | None, str]  # safe, unsafe or unused; what there is to say
+
+
+def check_folder(path: str) -> bool:
+    """Print a line a file on stdout; True if none is unsafe or damaged."""
+    folder = Path(path)
+    verdicts = [(file, _verdict(file)) for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    screen = console.console(stderr=False)
+    for file, (safe, text) in verdicts:
+        mark, style = MARKS[safe]
+        size = f"{file.stat().st_size:,}" if file.exists() else "-"
+        name = f"{file.relative_to(folder)}"
+        screen.print(console.styled([(f"{mark:>7}  ", style), (f"{name:<32} ", "bold"), (f"{size:>14}  {text}", "")]))
+    return all(safe is not False for _, (safe, _) in verdicts)
+
+
+def _verdict(file: Path) -> Verdict:
+    try:
+        if not file.is_file():
+            return False, "a link to nothing" if file.is_symlink() else "not a file"
+        if file.suffix in PICKLES:
+            return False, "may be a pickle, which can run code; it is never loaded"
+        if file.suffix in CODE:
+            return None, "code; it is never run"
+        if file.suffix == ".safetensors":
+            return _safetensors(file)
+        if file.name == "tokenizer.json":
+            codec = load_codec(file.parent)
+            return True, f"tokenizer {codec.hash}, {codec.size:,} tokens, {len(codec.added):,} of them added"
+        if file.suffix == ".json":
+            return _json(file)
+        if file.suffix == ".jinja":
+            return _template(folder_template(file.parent) if file.name == "chat_template.jinja" else None, file)
+    except (SftError, OSError) as error:
+        return False, str(error)
+    return None, "not read"
+
+
+def _json(file: Path) -> Verdict:
+    value = artifacts.read_json(file)
+    if "auto_map" in value:
+        return None, "names code of its own (auto_map); it is never run"
+    if isinstance(names := value.get("weight_map"), dict):
+        strays = [n for n in names.values() if not isinstance(n, str) or Path(n).name != n or "\0" in n]
+        if strays:
+            return False, f"names a file outside of the folder: {str(strays[0])!r}"
+        return True, f"{len(names):,} tensors in {len(set(names.values())):,} files"
+    if file.name == "tokenizer_config.json" and isinstance(source := value.get("chat_template"), str):
+        return _template(source, file)
+    return True, str(value.get("model_type") or "JSON")
+
+
+def _template(source: str | None, file: Path) -> Verdict:
+    text = source if source is not None else artifacts.read_bytes(file).decode(errors="replace")
+    specials = load_codec(file.parent).specials if (file.parent / "tokenizer.json").is_file() else {}
+    return True, f"template {Template(text, file.name, specials).hash}; it runs in a sandbox"
+
+
+def _safetensors(file: Path) -> Verdict:
+    """Whether header and file agree: every byte belongs to one tensor whose shape and type need just so many."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > min(size - 8, MAX_HEADER):
+                return False, f"damaged: a header of {length:,} bytes"
+            header = json.loads(opened.read(length), object_pairs_hook=no_duplicates)
+        tensors = {name: said for name, said in header.items() if name != "__metadata__"}
+        end = 0
+        for name, said in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = said["data_offsets"]
+            if start != end or stop - start != _bytes_of(said):
+                return False, f"damaged: tensor {name} does not lie where it should"
+            end = stop
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return False, f"damaged header: {error}"
+    if end != size - 8 - length:
+        return False, f"damaged: {size - 8 - length - end:,} bytes belong to no tensor"
+    return True, f"{len(tensors):,} tensors of {', '.join(sorted({said['dtype'] for said in tensors.values()})) or '-'}"
+
+
+def _bytes_of(said: dict[str, Any]) -> int:
+    count = WIDTHS[said["dtype"]]
+    for size in said["shape"]:
+        if type(size) is not int or size < 0:
+            raise ValueError(f"a shape of {said['shape']}")
+        count *= size
+    return count
