@@ -21,6 +21,7 @@ ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; 
 CHUNK = 1 << 20
 BYTE = re.compile(r" \(byte (\d+)\)$")  # how msgspec says where, from 0
 CUT_OFF = "not JSON: Input data was truncated"
+LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves half-written and half-deleted
 
 TOKENS, ROWS, RECIPE, RUN = "tokens.jsonl", "rows.safetensors", "recipe.yaml", "run.json"
 BASE, MODEL, ADAPTER, CHECKPOINTS = "base", "model", "adapter", "checkpoints"
@@ -140,6 +141,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        to_disk(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
@@ -149,29 +151,60 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name only when it is complete; an older one of that name goes away."""
+    """A folder to fill that appears under its name only when all of it is on disk; an older one of that name goes."""
     temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _replace_folder(temporary, output)
+        for path in [*temporary.iterdir(), temporary]:
+            to_disk(path)
+        old = _renamed_old(output)
+        os.rename(temporary, output)
+        to_disk(output.parent)
+        _delete(old)
     except OSError as error:
         raise cannot_write(output, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace_folder(temporary: Path, output: Path) -> None:
-    old = output.with_name(f".old-{output.name}-{secrets.token_hex(4)}")
-    if output.exists():
-        os.rename(output, old)
-    os.rename(temporary, output)
-    descriptor = os.open(output.parent, os.O_RDONLY)
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, which is gone at once or not at all. Raises SftError."""
+    try:
+        _delete(_renamed_old(path))
+    except OSError as error:
+        raise SftError(f"cannot remove {path}: {error.strerror}", Exit.WRITE) from None
+
+
+def _renamed_old(path: Path) -> Path:
+    """Take a name away; what is killed before it is deleted is a leftover."""
+    old = path.with_name(f".old-{path.name}-{secrets.token_hex(4)}")
+    with suppress(FileNotFoundError):
+        os.rename(path, old)
+    return old
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process has left."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(LEFTOVERS):
+            _delete(path)
 
 
 def cannot_write(path: str | Path, error: OSError) -> SftError:
@@ -186,6 +219,15 @@ def write_json(path: Path, value: Any) -> None:
 def update_json(path: Path, values: dict[str, Any]) -> None:
     """Lay values over a small JSON object in a file (made if it is not there)."""
     write_json(path, (read_json(path) if path.is_file() else {}) | values)
+
+
+def append_lines(path: Path, *values: Any) -> None:
+    """Add JSON lines to a log of a run. Raises SftError (exit 6) where there is no room."""
+    try:
+        with open(path, "ab") as file:
+            file.writelines(map(json_line, values))
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 @contextmanager
@@ -220,7 +262,7 @@ def make_folder(path: str | Path, belongs: Iterable[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in folder.iterdir()}
+        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(LEFTOVERS)}
     except OSError as error:
         raise cannot_write(folder, error) from None
     if names and not names & set(belongs):

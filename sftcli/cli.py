@@ -356,6 +356,7 @@ app.command()(tools.merge)
 app.command()(tools.evaluate)
 app.command()(tools.show)
 app.command()(tools.check)
+app.command()(tools.checkpoints)
 app.command("import")(tools.import_gguf)
 app.command()(tools.export)
 

@@ -85,6 +85,19 @@ def show(
     stage(path, count, model)
 
 
+def checkpoints(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """List a run's checkpoints and read every byte of them: a JSON line each. Exit code 5 if one is damaged.
+
+    \b
+    sft checkpoints run | jq -c 'select(.whole) | .step'
+    """
+    from sftcli.stages.checkpoints import checkpoints as stage
+
+    dies_with_its_reader()
+    if not stage(run):
+        raise typer.Exit(int(Exit.CHECKPOINT))
+
+
 def check(
     data: Annotated[list[str], typer.Argument(metavar="DATA|FOLDER", help="Raw JSONL files, or -; or a model folder.")],
     model: Model = None,

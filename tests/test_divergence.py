@@ -185,7 +185,7 @@ def told_of(losses, capsys):
     """The steps (from 1) for which a warning is printed."""
     spikes, warned = Spikes(), []
     for step, loss in enumerate(losses, 1):
-        spikes.watch(Report(step, 0.0, loss, 1, 1, 1e-3, 1.0, 1.0, 0.0, 0.0, {}, {}, {}))
+        spikes.watch(Report(step, "", 0.0, loss, 1, 1, 1e-3, 1.0, 1.0, 0.0, 0.0, {}, {}, {}))
         warned += [step] if capsys.readouterr().err else []
     return warned
 

@@ -23,6 +23,7 @@ LEVELS = [
     "hub",
     "lines",
     "artifacts",
+    "manifest",
     "rows",
     "rowfile",
     "indexedfile",
@@ -43,7 +44,7 @@ def group_of(name):
     if len(parts) == 1:
         return "sftcli"
     if parts[1] == "stages":
-        return "common" if parts[2:] in (["common"], ["training_job"], ["divergence"]) else "stages"
+        return "common" if parts[2:] in (["common"], ["training_job"], ["resuming"], ["divergence"]) else "stages"
     if parts[1] in ("cli", "exits", "flags", "tools", "__main__"):
         return "cli"
     return parts[1] if parts[1] in ("text", "model") else "basis"
@@ -189,6 +190,7 @@ def test_every_command_has_help_and_an_example():
         "evaluate",
         "show",
         "check",
+        "checkpoints",
         "import",
         "export",
         "run",

@@ -7,9 +7,9 @@ import torch
 from model_fixtures import CPU, make_rows, metrics, model_folder, model_of, write_turns
 from test_training import LENGTHS, options_of, same_weights
 
-from sftcli import artifacts
+from sftcli import artifacts, manifest
 from sftcli.errors import Exit, OutOfMemory
-from sftcli.model import optim, probe, resume
+from sftcli.model import optim, probe
 from sftcli.model.batches import micro_batches
 from sftcli.model.gpt import GPT
 from sftcli.model.probe import available, fitting_tokens, longest_forwards
@@ -105,7 +105,7 @@ def test_memory_that_ends_later_exits_7_keeps_the_checkpoint_and_smaller_forward
         assert "micro_batch_tokens=" in caught.value.hint
         patch.undo()
     monkeypatch.undo()
-    assert [p.name for p in resume.checkpoints(run)] == [f"step-{n:06}" for n in (1, 2, 3)]
+    assert [p.name for p in manifest.checkpoints(run)] == [f"step-{n:06}" for n in (1, 2, 3)]
     changed = options_of(*settings, "micro_batch_tokens=30", "gradient_checkpointing=true")
     outcome = train(changed, rows, str(base), str(run), resumed=True)
     assert outcome.loss == pytest.approx(whole.loss, abs=1e-4)
@@ -114,7 +114,7 @@ def test_memory_that_ends_later_exits_7_keeps_the_checkpoint_and_smaller_forward
 def test_a_resumed_run_is_tried_again(base, rows, tmp_path, small):
     settings = ("checkpoint_every=1", "keep=99")
     train(options_of(*settings), rows, str(base), str(tmp_path / "run"))
-    for folder in resume.checkpoints(tmp_path / "run")[3:]:
+    for folder in manifest.checkpoints(tmp_path / "run")[3:]:
         folder.rename(folder.with_name(f".tmp-{folder.name}"))
     tried = small(30)
     train(options_of(*settings), rows, str(base), str(tmp_path / "run"), resumed=True)

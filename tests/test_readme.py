@@ -1,5 +1,6 @@
 """Every command in the README is run, in the README's order, in one shell."""
 
+import json
 import os
 import re
 import shutil
@@ -68,13 +69,15 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
+FIGURES = {"quickstart": 0.95, "full": 0.92, "lora": 0.92, "prefix": 0.92, "glm": 0.75}  # exact match, held out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quickstart_answers_held_out_questions(workplace: Path) -> None:
-    import json
-
-    done = in_shell("unset OMP_NUM_THREADS; sft run recipes/quickstart.yaml", workplace, 900)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert results["completions"] >= 300
-    assert results["exact_match"] >= 0.95
+def test_recipes_reach_the_figures_that_they_state(workplace: Path) -> None:
+    """In the order in which they build on each other; the model before answers none of full's, lora's, prefix's."""
+    for name, figure in FIGURES.items():
+        done = in_shell(f"unset OMP_NUM_THREADS; sft run recipes/{name}.yaml", workplace, 600)
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout)
+        assert results["completions"] >= 200 and results["exact_match"] >= figure, (name, results)

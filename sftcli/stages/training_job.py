@@ -1,25 +1,20 @@
-"""A training run as it stands: what it works with, how it starts, resumes and is saved."""
+"""A training run as it stands: what it works with."""
 
 import math
 import os
-import platform
-import shutil
-import sys
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch.optim import Optimizer
 
-import sftcli
 from sftcli import artifacts, console
-from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint
+from sftcli.artifacts import file_fingerprint
 from sftcli.errors import DataError, UsageError
-from sftcli.model import optim, resume
+from sftcli.model import optim
 from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.batches import weight_of
@@ -36,9 +31,18 @@ from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
 HOW = ("device", "dtype", "micro_batch_tokens", "gradient_checkpointing")  # a step is computed: not which step it is
-FREE = ("save_dtype", "shard_size", "nonfinite_skips", "nproc", "parallel", "process_timeout")  # no step depends on it
 BLANK = 0.05  # of the usual distance from the mean embedding
-STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER, artifacts.CHECKPOINTS)  # what a new training run replaces
+ARRIVING = f".tmp-{artifacts.ROWS}"  # rows that are collected, until it is clear that they are this run's
+FREE_TO_CHANGE = {
+    "save_dtype",
+    "shard_size",
+    "keep",
+    "checkpoint_every",
+    "nonfinite_skips",
+    "nproc",
+    "parallel",
+    "process_timeout",
+}  # options that no step depends on
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Job:
     codec: Codec
     stops: list[int]
     settings: dict[str, Any]
+    id: str = ""  # of the run: its checkpoints carry it
     best: tuple[float, int] | None = None  # eval loss, step
     since_best: int = 0
     pending: tuple[Report, bool] | None = None  # a step (and whether it ends an epoch) that was taken, not yet told of
@@ -94,21 +99,29 @@ class Job:
         return self.rows[self.train_rows[number]]
 
 
-def open_rows(source: str | Sequence[str], run: Path, world: World) -> tuple[RowFile, str, list[tuple[Input, int]]]:
+@contextmanager
+def open_rows(
+    source: str | Sequence[str], run: Path, world: World
+) -> Iterator[tuple[RowFile, str, list[tuple[Input, int]]]]:
     """(the rows as a random-access file, where they are from, the number of rows of every input).
 
-    JSON lines (a pipe, say) and several inputs are first collected into the run folder, one behind the other."""
+    JSON lines (a pipe, say) and several inputs are first collected in the run folder, one behind the other; they
+    replace what was collected there before only when `begin` has nothing against it."""
     inputs = [input_of(text) for text in ([source] if isinstance(source, str) else source)]
     if len(inputs) == 1 and is_row_file(inputs[0].path):
         file = RowFile(inputs[0].path)
-        return file, inputs[0].path, [(inputs[0], len(file))]
-    collected = run / artifacts.ROWS
-    counts = world.from_first(lambda: _collect(inputs, collected))
-    where = ", ".join(artifacts.name_of(item.path) for item in inputs)
-    return RowFile(collected), where, list(zip(inputs, counts, strict=True))
+        yield file, inputs[0].path, [(inputs[0], len(file))]
+        return
+    try:
+        counts = world.from_first(lambda: _collect(inputs, run))
+        where = ", ".join(artifacts.name_of(item.path) for item in inputs)
+        yield RowFile(run / ARRIVING), where, list(zip(inputs, counts, strict=True))
+    finally:
+        if world.first:
+            (run / ARRIVING).unlink(missing_ok=True)
 
 
-def _collect(inputs: Sequence[Input], collected: Path) -> list[int]:
+def _collect(inputs: list[Input], run: Path) -> list[int]:
     """Write the rows of all inputs into one file; returns how many each of them has."""
     counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
@@ -116,7 +129,7 @@ def _collect(inputs: Sequence[Input], collected: Path) -> list[int]:
 
     def arriving() -> Iterator[Row]:
         for i, item in enumerate(inputs):
-            if Path(item.path).resolve() == collected.resolve():
+            if Path(item.path).resolve() == (run / artifacts.ROWS).resolve():
                 raise UsageError(f"{item.path} is where the rows of this run are collected", hint="another -o")
             for where, row in _rows_of(item.path):
                 tokenizers.add(row.tokenizer)
@@ -126,7 +139,7 @@ def _collect(inputs: Sequence[Input], collected: Path) -> list[int]:
                 counts[i] += 1
                 yield row
 
-    total = write_rows(collected, arriving())
+    total = write_rows(run / ARRIVING, arriving())
     console.note(f"train: received {total:,} rows")
     if len(templates - {None}) > 1:
         found = ", ".join(sorted(filter(None, templates)))
@@ -178,7 +191,7 @@ def make_job(
         codec=codec,
         stops=trained_stops(rows, codec.special_ids),
         settings={
-            "options": options.model_dump(mode="json", exclude={*HOW, *FREE}),
+            "options": options.model_dump(mode="json", exclude={*HOW, *FREE_TO_CHANGE}),
             "rows": file_fingerprint(rows.path),
             "weights": [[item.share, item.rows, count] for item, count in inputs] if parts else None,
             "eval_data": _file_identity(options.eval_data),
@@ -189,6 +202,7 @@ def make_job(
             "processes": engine.world.size,
             "micro_batch_tokens": options.micro_batch_tokens,
             "gradient_checkpointing": options.gradient_checkpointing,
+            "torch": str(torch.__version__),
         },
     )
 
@@ -268,68 +282,6 @@ def blank_controls(job: Job) -> list[int]:
     return [i for i in controls if float((weight[i].float() - mean).norm()) < BLANK * float(usual)]
 
 
-def start_over(job: Job) -> int:
-    if not job.engine.world.first:
-        return 0
-    for name in STALE_AFTER:
-        path = job.run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in job.run.glob("diverged-step-*.jsonl"):
-        path.unlink()
-    facts = {
-        "sftcli": sftcli.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if job.options.adapter:
-        facts["base"] = str(job.folder.path.resolve())  # where `-m RUN` finds what the adapter belongs on
-    artifacts.update_json(job.run / RUN, facts | job.settings)
-    return 0
-
-
-def resume_job(job: Job) -> int:
-    """Go on from the newest checkpoint: same data and settings, metrics cut back to its step."""
-    found = resume.checkpoints(job.run)
-    if not found:
-        console.note("train: no checkpoint to resume from, starting at step 0")
-        return start_over(job)
-    facts = resume.load(found[-1], job.model, job.optimizers)
-    for name, now in job.settings.items():
-        before = facts["settings"].get(name)
-        if before == now:
-            continue
-        if name in ("threads", "processes", *HOW):
-            console.warn(f"train: {name} was {before}, is {now}: the run goes on, but not bit for bit")
-        else:
-            raise UsageError(f"cannot resume {job.run}: the {name} changed", hint="start a new run with another -o")
-    step = int(facts["step"])
-    job.best = tuple(facts["best"]) if facts.get("best") else None
-    job.since_best = int(facts.get("since_best", 0))
-    if pending := facts.get("pending"):
-        report: dict[str, Any] = {name: math.nan if value is None else value for name, value in pending[0].items()}
-        job.pending = Report(**report), pending[1]
-    for name in (METRICS, SAMPLES):
-        _cut_back(job.engine.world.path(job.run / name), step - bool(pending))  # what follows the step is done anew
-    console.note(f"train: resuming after step {step}")
-    return step
-
-
-def _cut_back(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`, so that no step appears twice."""
-    if path.is_file():
-        kept = []
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                if msgspec.json.decode(line)["step"] <= step:
-                    kept.append(line)
-            except (msgspec.DecodeError, KeyError, TypeError):
-                break  # a torn last line
-        with artifacts.atomic_file(path) as file:
-            file.writelines(kept)
-
-
 def compare(job: Job, loss: float, step: int) -> None:
     """Remember the best eval loss, and for how many evaluations there was no better one."""
     if math.isfinite(loss) and (job.best is None or loss < job.best[0]):
@@ -343,10 +295,6 @@ def has_enough(job: Job) -> bool:
     return job.options.patience is not None and job.since_best >= job.options.patience
 
 
-def save_checkpoint(job: Job, step: int) -> None:
-    facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
-    facts["pending"] = job.pending
-    if job.best and job.options.patience:
-        facts["best_step"] = job.best[1]
-    resume.save(job.run, step, job.model, job.optimizers, facts, job.options.keep, job.engine.world)
-    job.engine.world.from_first(lambda: None)  # they wait for the writing here: nothing times out
+def best_step(job: Job) -> int | None:
+    """The step whose checkpoint is kept for the end of a run with patience."""
+    return job.best[1] if job.best and job.options.patience else None

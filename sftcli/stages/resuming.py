@@ -1,0 +1,169 @@
+"""How a training run begins, goes on from a checkpoint and is saved."""
+
+import math
+import os
+import platform
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+import sftcli
+from sftcli import artifacts, console, manifest
+from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES
+from sftcli.errors import CheckpointError, Exit, SftError, UsageError
+from sftcli.model import resume
+from sftcli.model.tensorfile import hand_over
+from sftcli.model.training import Report
+from sftcli.stages.training_job import ARRIVING, HOW, Job, best_step
+
+STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER)  # what a new training run replaces
+
+
+def begin(job: Job, resumed: bool) -> int:
+    """Start a run over or go on with it, once nothing speaks against it; returns the steps that are done."""
+    recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
+    folder = _newest_whole(job, recorded.get("id")) if resumed else None
+    _check_room(job, 1 if folder else 2)
+    step = _go_on(job, folder) if folder else 0
+    job.engine.world.meet()  # every process has read what it needs of the run, before the first of them changes it
+    if job.engine.world.first:
+        _clear(job, folder) if folder else _start_over(job, recorded.get("id"), resumed)
+        if Path(job.rows.path) == job.run / ARRIVING:
+            os.replace(job.rows.path, job.run / artifacts.ROWS)
+            job.rows.path = str(job.run / artifacts.ROWS)
+    return step
+
+
+def _start_over(job: Job, before: str | None, resumed: bool) -> None:
+    """Remove what the run before (its id is `before`) has left, its results last: killed, it can be started again."""
+    if resumed:
+        console.note("train: no checkpoint to resume from, starting at step 0")
+    if before:
+        manifest.forget(job.run, before)
+    for name in STALE_AFTER:
+        artifacts.discard(job.run / name)
+    for path in job.run.glob("diverged-step-*.jsonl"):
+        path.unlink()
+    job.id = secrets.token_hex(6)
+    facts = {
+        "id": job.id,
+        "sftcli": sftcli.__version__,
+        "python": platform.python_version(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if job.options.adapter:
+        facts["base"] = str(job.folder.path.resolve())  # where `-m RUN` finds what the adapter belongs on
+    artifacts.update_json(job.run / RUN, facts | job.settings)
+
+
+def _check_room(job: Job, copies: int) -> None:
+    """Raise SftError (exit 6) where the disk cannot take a new checkpoint beside the one before it."""
+    place = job.run / artifacts.CHECKPOINTS  # maybe a link to another disk
+    place = place if place.is_dir() else job.run
+    need, free = copies * resume.bytes_of(job.model, job.optimizers), shutil.disk_usage(place).free
+    if free < need:
+        told = f"{place}: checkpoints need {need:,} bytes, {free:,} are free"
+        raise SftError(told, Exit.WRITE, hint="make room, or an -o on another disk")
+
+
+def _newest_whole(job: Job, own: str | None) -> Path | None:
+    """The newest checkpoint of this run that is whole; None where there is none at all. Raises CheckpointError."""
+    owned = [(folder, manifest.owner_of(folder)) for folder in reversed(manifest.checkpoints(job.run))]
+    own = own or next((owner for _, owner in owned if owner), None)  # run.json may be gone
+    folders = [folder for folder, owner in owned if owner in (own, None)]
+    damage = None
+    for folder in folders:
+        if damage:
+            console.warn(f"train: {damage}; going back to {folder.name}")
+        damage = manifest.damage_of(folder)
+        if not damage:
+            job.id = own or ""
+            return folder
+    if damage:
+        raise CheckpointError(f"{damage}; no checkpoint is whole", hint="start a new run with another -o")
+    return None
+
+
+def _go_on(job: Job, folder: Path) -> int:
+    """From a checkpoint: same data and settings."""
+    facts = resume.load(folder, job.model, job.optimizers)
+    _compare_settings(job, facts["settings"])
+    step = int(facts["step"])
+    job.best = tuple(facts["best"]) if facts.get("best") else None
+    job.since_best = int(facts.get("since_best", 0))
+    if pending := facts.get("pending"):
+        report: dict[str, Any] = {name: math.nan if value is None else value for name, value in pending[0].items()}
+        job.pending = Report(**report), pending[1]
+    console.note(f"train: resuming after step {step}")
+    return step
+
+
+def _clear(job: Job, folder: Path) -> None:
+    """Remove what lies after the checkpoint in the logs, and the checkpoints before it that are not kept."""
+    step = manifest.step_of(folder)
+    for name in (METRICS, SAMPLES):
+        _cut_back(job.run / name, step - bool(job.pending))  # what follows the step is done anew
+    manifest.rotate(folder, job.id, job.options.keep, best_step(job))  # it may have been killed before that
+
+
+def _compare_settings(job: Job, before: dict[str, Any]) -> None:
+    """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run."""
+    options = resume.known_options(before["options"])
+    before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
+    changed, loose = [], []
+    for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
+        if name in ("threads", "processes", "torch", *HOW):
+            loose.append(f"{name} {how}")
+        else:
+            option = name.removeprefix("options.")
+            changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
+    if changed:
+        raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint="start a new run with another -o")
+    if loose:
+        console.warn(f"train: {'; '.join(loose)}: the run goes on, but not bit for bit")
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`, so that no step appears twice."""
+    if path.is_file():
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if msgspec.json.decode(line)["step"] <= step:
+                    kept.append(line)
+            except (msgspec.DecodeError, KeyError, TypeError):
+                break  # a torn last line
+        with artifacts.atomic_file(path) as file:
+            file.writelines(kept)
+
+
+def save_checkpoint(job: Job, step: int) -> None:
+    """Process 0 writes, whole tensors whatever the processes hold; they wait until it has."""
+    tensors = resume.tensors_of(job.model, job.optimizers)
+    if job.engine.world.first:
+        _save(job, step, tensors)
+    else:
+        for values in tensors.values():
+            hand_over(values)
+    job.engine.world.from_first(lambda: None)
+
+
+def _save(job: Job, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
+    facts["pending"] = job.pending
+    for name in (METRICS, SAMPLES):  # or after a power cut the checkpoint could be ahead of its log
+        try:
+            artifacts.to_disk(job.run / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise artifacts.cannot_write(job.run / name, error) from None
+    resume.save(job.run, job.id, step, tensors, facts, job.options.keep, best_step(job))
