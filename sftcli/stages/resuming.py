@@ -118,17 +118,15 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> None:
     """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run."""
     options = resume.known_options(before["options"])
     before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
-    changed, loose = [], []
+    changed = []
     for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
         if name in ("threads", "processes", "torch", *HOW):
-            loose.append(f"{name} {how}")
+            console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
         else:
             option = name.removeprefix("options.")
             changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
     if changed:
         raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint="start a new run with another -o")
-    if loose:
-        console.warn(f"train: {'; '.join(loose)}: the run goes on, but not bit for bit")
 
 
 def _cut_back(path: Path, step: int) -> None:
