@@ -106,6 +106,9 @@ def one_model(folder, name, world):
     engine = type(CPU)(CPU.device, CPU.dtype, world)
     world.place(model, engine.device, parallel)
     model.train()
+    if parallel == "ddp":  # as the search for a forward that fits does, in each process by itself
+        accumulate(model, rows[:2], 30, CPU, options.loss)
+        model.zero_grad(set_to_none=True)
     tensors = {}
     for count in (8, 1):
         accumulate(model, rows[:count], 30, engine, options.loss, (0, 1))
