@@ -266,7 +266,7 @@ def _shard(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def together(model: nn.Module) -> Iterator[None]:
-    """What lies outside of the blocks is whole, for calls of a sharded model that are not its forward."""
+    """For calls of a sharded model without backward: what lies outside of its blocks is whole there, sharded after."""
     sharded = hasattr(model, "unshard")
     if sharded:
         model.unshard()  # type: ignore[operator]

@@ -7,7 +7,7 @@ import torch
 
 from sftcli.model.batches import in_pairs, make_batch
 from sftcli.model.gpt import GPT
-from sftcli.model.processes import filler
+from sftcli.model.processes import filler, together
 from sftcli.model.training import Engine
 from sftcli.rows import Row
 
@@ -111,8 +111,9 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
 
 def total_score(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine: Engine) -> Totals:
     totals = Totals()
-    for score in score_rows(model, rows, micro_batch_tokens, engine):
-        totals.add(score)
+    with together(model):
+        for score in score_rows(model, rows, micro_batch_tokens, engine):
+            totals.add(score)
     own = astuple(totals)
     sums = engine.world.summed(torch.tensor(own, dtype=torch.float64)).tolist()
     return Totals(*(type(value)(found) for value, found in zip(own, sums, strict=True)))
