@@ -5,6 +5,7 @@ share; torch (DDP or FSDP2) adds gradients up; a step divides by the weight of a
 itself. Only process 0 talks and writes.
 """
 
+import gc
 import math
 import os
 import signal
@@ -154,17 +155,24 @@ class World:
 
     # ---- how it ends
 
+    def leave(self) -> None:
+        """Let go of what holds the group while all are still here: taken down beside a dead one, gloo's may hang."""
+        self._replica = None
+        gc.collect()
+        self.meet()
+
     def is_said(self, error: str) -> bool:
-        """Whether process 0 ends with the same error, and says so."""
+        """Whether process 0 ends with the same error, and says so. If all of them do, they leave together."""
         assert self.store
-        key = f"error/{error}"
-        if self.first:
-            self.store.set(key, "")
-            return False
+        keys = [f"error/{rank}/{error}" for rank in range(self.size)]
         try:
-            return not self._without([key], 1.0)
-        except RuntimeError:  # it held the store and is gone already
-            return True
+            self.store.set(keys[self.rank], "")
+            missing = self._without(keys, 1.0)
+            if not missing:
+                self.leave()
+        except RuntimeError:  # process 0 held the store and is gone already
+            return not self.first
+        return not self.first and keys[0] not in missing
 
     def absent(self) -> list[int]:
         """The processes that do not answer a roll call."""
@@ -203,7 +211,7 @@ def joined(timeout: int) -> Iterator[World]:
     world = World(rank, size, store)
     try:
         yield world
-        world.meet()
+        world.leave()
     except Terminated as ended:
         if world.first:
             raise
