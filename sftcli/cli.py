@@ -246,6 +246,7 @@ def train(
     eval_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Held-out rows.")] = None,
     eval_share: Annotated[float | None, typer.Option(help="Hold out this share of the rows.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; with CUDA, a GPU each (nccl).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
@@ -258,7 +259,7 @@ def train(
     sft train rows.safetensors -m MODEL -o run --adapter lora --set adapter.targets=[q_proj,v_proj]
     sft train rows.safetensors -m MODEL -o run --adapter prefix --prefix-length 10
     """
-    from sftcli.stages.train import train as stage
+    from sftcli.stages.train import start
 
     if model and model.endswith((".yaml", ".yml")):
         from sftcli.recipefile import load_recipe
@@ -281,8 +282,9 @@ def train(
         eval_data=eval_data,
         eval_share=eval_share,
         seed=seed,
+        nproc=nproc,
     )
-    stage(options, rows or ["-"], model, output, resume)
+    start(options, rows or ["-"], model, output, resume)
 
 
 @app.command()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 QUIET = False  # set once by the command line's --quiet
+RANK = 0  # set once by a process of several: only the first talks, the others say which they are if they fail
 
 
 def safe(text: str) -> str:
@@ -40,7 +41,7 @@ def console(stderr: bool = True) -> "Console":
 
 def note(text: str) -> None:
     """One line of talk on stderr; on a terminal the stage that talks (`mask: ...`) is coloured."""
-    if QUIET:
+    if QUIET or RANK:
         return
     stage, colon, rest = text.partition(":")
     if colon and stage.isidentifier() and coloured():
@@ -51,6 +52,8 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     """One line on stderr that stands out."""
+    if RANK:
+        return
     label = "\x1b[1;33mwarning:\x1b[0m" if coloured() else "warning:"
     print(f"{label} {safe(text)}", file=sys.stderr, flush=True)
 
@@ -58,7 +61,8 @@ def warn(text: str) -> None:
 def fail(text: str, hint: str | None) -> None:
     """The last line of a failing command, and what to do about it."""
     label, second = ("\x1b[1;31merror:\x1b[0m", "\x1b[1;36mhint:\x1b[0m") if coloured() else ("error:", "hint:")
-    print(f"{label} {safe(text)}" + (f"; {second} {safe(hint)}" if hint else ""), file=sys.stderr, flush=True)
+    rank = f"[rank {RANK}] " if RANK else ""
+    print(f"{rank}{label} {safe(text)}" + (f"; {second} {safe(hint)}" if hint else ""), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -96,7 +100,7 @@ class Live:
     """One line that is rewritten in place on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, every: float = 10.0):
-        self.terminal = sys.stderr.isatty() and not QUIET and os.environ.get("TERM") != "dumb"
+        self.terminal = sys.stderr.isatty() and not QUIET and not RANK and os.environ.get("TERM") != "dumb"
         self.every, self.shown = every, time.monotonic()
 
     def show(self, text: str, share: float | None = None) -> None:

@@ -5,47 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sftcli.fieldtypes import Columns, Controls, Count, Files, Numbers, Positive, Seed, Share, Spans, kind
+
 
 class Options(BaseModel):
     """A section: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_default=False)
-
-
-def _listed(value: Any) -> Any:
-    """`data: a.jsonl` means `data: [a.jsonl]`."""
-    return [value] if isinstance(value, str) else value
-
-
-def _columns(value: Any) -> Any:
-    """`prompt=question,completion=answer` means {prompt: question, completion: answer}."""
-    if not isinstance(value, str):
-        return value
-    pairs = [pair.partition("=") for pair in value.split(",")]
-    if any(not name or not column for name, _, column in pairs):
-        raise ValueError("expected prompt=question,completion=answer")
-    return {name.strip(): column.strip() for name, _, column in pairs}
-
-
-def _kind(value: Any) -> Any:
-    """`schedule: cosine` means `schedule: {kind: cosine}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-def _controls(value: Any) -> Any:
-    """`glm` means the control tokens of blank infilling, `bert` those of masked LM."""
-    return list(OBJECTIVE_CONTROLS[value]) if value in ("glm", "bert") else _listed(value)
-
-
-GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
-MASKED_LM_CONTROLS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": tuple(MASKED_LM_CONTROLS.values())}
-Controls = Annotated[list[str], BeforeValidator(_controls)]
-Files = Annotated[list[str], BeforeValidator(_listed)]
-Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Init(Options):
@@ -103,23 +69,6 @@ class Causal(Options):
     kind: Literal["causal"] = "causal"
 
 
-def _spans(value: Any) -> Any:
-    """`2:3,4:6` means [(2, 3), (4, 6)]."""
-    if isinstance(value, int):
-        raise ValueError("expected spans such as 2:3,4:6; YAML reads a single 2:3 as a number: put it in quotes")
-    return [part.split(":") for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _numbers(value: Any) -> Any:
-    """`1,0` means [1, 0]; `1` means [1]."""
-    return str(value).split(",") if isinstance(value, str | int) else value
-
-
-Count = Annotated[int, Field(ge=0)]
-Spans = Annotated[list[tuple[Count, Count]], BeforeValidator(_spans)]
-Numbers = Annotated[list[Count], BeforeValidator(_numbers)]
-
-
 class BlankInfilling(Options):
     """GLM's: spans of the text become blanks, which are filled after it, token by token."""
 
@@ -173,7 +122,7 @@ class MaskedLM(Options):
 
 def _objective(value: Any) -> Any:
     """Options without a kind are those of the causal objective."""
-    value = _kind(value)
+    value = kind(value)
     return {"kind": "causal"} | value if isinstance(value, dict) else value
 
 
@@ -219,13 +168,13 @@ class Muon(Options):
 
 def _optimizer(value: Any) -> Any:
     """`optimizer: {lr: 1e-3}` means AdamW."""
-    value = _kind(value)
+    value = kind(value)
     return {"kind": "adamw"} | value if isinstance(value, dict) else value
 
 
 def _adapter(value: Any) -> Any:
     """`adapter: {rank: 8}` means LoRA."""
-    value = _kind(value)
+    value = kind(value)
     return {"kind": "lora"} | value if isinstance(value, dict) else value
 
 
@@ -307,7 +256,7 @@ class Train(Options):
     adapter: Annotated[Adapter | None, BeforeValidator(_adapter)] = None  # None: all weights are trained
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen matrices, under an adapter
     optimizer: Optimizer = AdamW()
-    schedule: Annotated[Schedule, BeforeValidator(_kind)] = Schedule()
+    schedule: Annotated[Schedule, BeforeValidator(kind)] = Schedule()
     loss: Loss = Loss()
     epochs: Annotated[float, Field(gt=0)] = 3
     max_steps: Positive | None = None
@@ -322,6 +271,9 @@ class Train(Options):
     seed: Seed = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    nproc: Positive = 1  # processes on this machine; under torchrun its own number
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # what each process holds: the whole model, or a share of it
+    process_timeout: Positive = 120  # seconds that processes wait for one of them before they give up
     eval_data: str | None = None
     eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     eval_every: Positive | None = None  # steps; None: ten times a run
@@ -335,9 +287,11 @@ class Train(Options):
     shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$")] = "5GB"
 
     @model_validator(mode="after")
-    def base_is_frozen(self) -> "Train":
+    def choices_fit(self) -> "Train":
         if self.base_dtype != "float32" and not self.adapter:
             raise ValueError(f"base_dtype {self.base_dtype} is for weights that an adapter leaves frozen")
+        if self.parallel == "fsdp" and isinstance(self.adapter, Prompt):
+            raise ValueError("parallel fsdp cannot train an adapter of kind prompt; ddp can")  # blocks run twice
         if self.base_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("a base in bfloat16 computes in bfloat16: dtype float32 does not fit it")
         return self

@@ -1,7 +1,6 @@
 """The loss of a step by role, source and number of the turn."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,46 +8,61 @@ from torch import Tensor
 from sftcli.model.batches import Batch, turn_of_scored
 from sftcli.rows import Row
 
+Part = tuple[str, str | int]  # (ROLE, SOURCE or TURN, which one)
 Means = dict[str, float]
+ROLE, SOURCE, TURN = "role", "source", "turn"
 OTHER = "other"  # the role of what lies outside of the turns, in a row that has some
 
 
-def losses_by_part(scored: Sequence[tuple[Batch, Tensor]]) -> tuple[Means, Means, Means]:
-    """Loss by role, by source and by number of the turn: of the nll (N,) of each batch, per unit of weight.
+def sums_by_part(scored: Sequence[tuple[Batch, Tensor]], rows: Sequence[Row]) -> dict[Part, Tensor]:
+    """(sum of weight * nll, sum of weight) of every part that `rows` have, from the nll (N,) of each batch.
 
-    Rows without turns have neither role nor turn, and those without a source no source; weight 0 is left out.
+    `rows` are those of the whole step: its processes have the same parts, in one order.
     """
-    roles: dict[str, Tensor] = defaultdict(_zero)  # (2,): sum of weight * nll, sum of weight
-    sources: dict[str, Tensor] = defaultdict(_zero)
-    turns: dict[int, Tensor] = defaultdict(_zero)
+    parts = dict.fromkeys(part for row in rows for part in _parts_of(row))
+    sums: dict[Part, Tensor] = {part: torch.zeros(2, dtype=torch.float64) for part in parts}
     for batch, nll in scored:
         both = torch.stack([batch.weights * nll, batch.weights]).double().cpu()  # (2, N); one copy a batch
-        for row, part in zip(batch.rows, both.split(batch.scored_per_row, 1), strict=True):
+        for row, values in zip(batch.rows, both.split(batch.scored_per_row, 1), strict=True):
             if row.source is not None:
-                sources[row.source] += part.sum(1)
-            for role, turn, sums in _by_turn(row, part):
-                roles[role] += sums
-                if turn is not None:
-                    turns[turn] += sums
-    return _means(roles), _means(sources), _means(turns)
+                sums[SOURCE, row.source] += values.sum(1)
+            for part, found in _by_turn(row, values):
+                sums[part] += found
+    return sums
 
 
-def _zero() -> Tensor:
-    return torch.zeros(2, dtype=torch.float64)
+def _parts_of(row: Row) -> Iterator[Part]:
+    """Rows without turns have neither role nor turn, and those without a source no source."""
+    if row.source is not None:
+        yield SOURCE, row.source
+    for _, _, role, number in row.turns or ():
+        yield ROLE, role
+        if number is not None:
+            yield TURN, number
+    if row.turns:
+        yield ROLE, OTHER
 
 
-def _by_turn(row: Row, values: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
-    """(role, number of the turn, sums of the values (2, N) there) of every turn, then of what lies outside of them."""
+def _by_turn(row: Row, values: Tensor) -> Iterator[tuple[Part, Tensor]]:
+    """(part, sums of the values (2, N) there) of every turn, then of what lies outside of them."""
     if not row.turns:
         return
     places = torch.tensor(turn_of_scored(row), dtype=torch.long)
     sums = torch.zeros(2, len(row.turns) + 1, dtype=torch.float64).index_add_(1, places, values)
     for place, (_, _, role, number) in enumerate(row.turns, 1):
-        yield role, number, sums[:, place]
-    yield OTHER, None, sums[:, 0]
+        yield (ROLE, role), sums[:, place]
+        if number is not None:
+            yield (TURN, number), sums[:, place]
+    yield (ROLE, OTHER), sums[:, 0]
 
 
-def _means(sums: dict[str, Tensor] | dict[int, Tensor]) -> Means:
+def means_by_part(sums: Mapping[Part, Tensor]) -> tuple[Means, Means, Means]:
+    """Loss per unit of weight by role, by source and by number of the turn; weight 0 is left out."""
+    roles, sources, turns = ({n: s for (k, n), s in sums.items() if k == kind} for kind in (ROLE, SOURCE, TURN))
+    return _means(roles), _means(sources), _means(turns)
+
+
+def _means(sums: Mapping[str | int, Tensor]) -> Means:
     """Name -> loss per unit of weight, in order of the names."""
     pairs = [(str(name), both.tolist()) for name, both in sorted(sums.items())]
     return {name: loss / weight for name, (loss, weight) in pairs if weight}

@@ -14,8 +14,7 @@ normaliser near 1 (arXiv 2204.02311); DFT weighs a token by how likely the model
 The divisor of a step is the sum of w in every case.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,7 @@ CHUNK_LOGITS = 1 << 24  # float32 logits formed at once: 64 MiB; each chunk goes
 PLAIN = Loss()
 
 
-@dataclass
-class LossSum:
+class LossSum(NamedTuple):
     """Sum of weight * loss (differentiable), the sum of the weights, and what is logged of the same positions."""
 
     total: Tensor  # scalar

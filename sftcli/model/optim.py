@@ -9,6 +9,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from sftcli import recipe
 from sftcli.model.gpt import GPT
+from sftcli.model.processes import shard_of
 
 LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
 LR_TABLE = 1e-2  # of a prefix by itself: no matrix multiplies what it learns
@@ -96,4 +97,5 @@ def load_state_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[st
     for name, value in tensors.items():
         parameter, _, key = name.rpartition("/")
         p = parameters[parameter]
-        owner[id(p)].state[p][key] = value.to(p.device)  # fused AdamW counts its steps on the device, too
+        # fused AdamW counts its steps (a number) on the device, too
+        owner[id(p)].state[p][key] = shard_of(value, p) if value.shape == p.shape else value.to(p.device)

@@ -22,6 +22,7 @@ from sftcli.artifacts import atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError, Exit, SftError
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import load_state_tensors, state_tensors
+from sftcli.model.processes import shard_of
 from sftcli.model.tensorfile import write_tensors
 from sftcli.recipe import Train
 
@@ -113,7 +114,7 @@ def load_weights(folder: Path, model: GPT) -> None:
             raise KeyError(min(missing))
         for name, value in found.items():
             with torch.no_grad():
-                parameters[name].copy_(value)
+                parameters[name].copy_(shard_of(value, parameters[name]))
     except DAMAGE as error:
         raise CheckpointError(f"{folder / TRAINED} is damaged: {error}") from None
 

@@ -1,12 +1,13 @@
 """How likely a model finds labels: nll per scored token, summed or row by row. No logits are kept."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
-from sftcli.model.batches import in_pairs, make_batch, micro_batches
+from sftcli.model.batches import in_pairs, make_batch
 from sftcli.model.gpt import GPT
+from sftcli.model.processes import filler, together
 from sftcli.model.training import Engine
 from sftcli.rows import Row
 
@@ -74,7 +75,7 @@ class Totals:
 
 @torch.no_grad()
 def score_rows(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine: Engine) -> Iterator[RowScore]:
-    """Scores in input order; memory is bounded by a window of rows."""
+    """Scores in input order, in each process of its share of the rows; memory is bounded by a window of rows."""
     model.eval()
     window: list[Row] = []
     tokens = 0
@@ -89,11 +90,13 @@ def score_rows(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine:
 
 def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: Engine) -> list[RowScore]:
     found: dict[int, RowScore] = {}
-    for part in micro_batches(rows, micro_batch_tokens):
+    for part in engine.world.micro_batches(rows, micro_batch_tokens):
         engine.poll()
-        batch = make_batch(part).to(engine.device)
+        batch = make_batch(part or filler(rows)).to(engine.device)
         with engine.autocast():
             losses = model(batch)
+        if not part:
+            continue
         loss = next(iter(losses.values()))
         counts = batch.scored_per_row
         columns = (loss.nll, batch.weights, loss.correct)
@@ -103,11 +106,14 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
             both = zip(losses["nsp"].nll.tolist(), losses["nsp"].correct.tolist(), strict=True)
             for row, (value, right) in zip(in_pairs(batch.rows), both, strict=True):
                 found[id(row)].pair = (value, bool(right))
-    return [found[id(row)] for row in rows]
+    return [found[id(row)] for row in rows if id(row) in found]
 
 
 def total_score(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine: Engine) -> Totals:
     totals = Totals()
-    for score in score_rows(model, rows, micro_batch_tokens, engine):
-        totals.add(score)
-    return totals
+    with together(model):
+        for score in score_rows(model, rows, micro_batch_tokens, engine):
+            totals.add(score)
+    own = astuple(totals)
+    sums = engine.world.summed(torch.tensor(own, dtype=torch.float64)).tolist()
+    return Totals(*(type(value)(found) for value, found in zip(own, sums, strict=True)))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sftcli.artifacts import CHUNK, no_duplicates, read_json, write_json
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
+from sftcli.model.processes import whole
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -140,7 +141,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file, in pieces that the processor's cache holds from the sum to the write."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # the library's order: aligned
+    names = _in_order(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -151,12 +152,24 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        if not is_finite(tensors[name]):
+        value = whole(tensors[name].detach())
+        if not is_finite(value):
             raise SftError(f"tensor {name} has a number that is not finite: it is not saved", Exit.DIVERGED)
-        value = tensors[name].detach().cpu().contiguous()  # lives until its last piece is written
+        value = value.cpu().contiguous()  # lives until its last piece is written
         data = memoryview((ctypes.c_ubyte * value.nbytes).from_address(value.data_ptr())) if value.nbytes else b""
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The library's order: aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def hand_over(tensors: Mapping[str, Tensor]) -> None:
+    """What the other processes do while the first writes tensors: give it their shards, one by one."""
+    for name in _in_order(tensors):
+        whole(tensors[name].detach())
 
 
 def is_finite(value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -12,14 +12,16 @@ from torch.optim import Optimizer
 
 from sftcli.artifacts import fingerprint
 from sftcli.errors import UsageError
-from sftcli.model.batches import Batch, epoch_order, make_batch, micro_batches, steps_in_run, steps_of, weights_by_loss
-from sftcli.model.breakdown import losses_by_part
+from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
+from sftcli.model.breakdown import Part as Breakdown
+from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.gpt import GPT
 from sftcli.model.loss import PLAIN
 from sftcli.model.memory import told_if_out_of_memory
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
 from sftcli.model.optim import lr_share, set_lr
+from sftcli.model.processes import World, filler, whole
 from sftcli.recipe import Loss, Train
 from sftcli.rows import Row
 
@@ -81,6 +83,7 @@ class Engine:
 
     device: torch.device
     dtype: torch.dtype
+    world: World = field(default_factory=World)
     poll: Callable[[], None] = lambda: None  # called before every forward; raises to leave a step or an evaluation
 
     def autocast(self) -> torch.autocast:
@@ -122,9 +125,11 @@ def train_steps(
         lr = peak_lr * lr_share(number, plan.steps, options.schedule)
         model.train()
         if options.dropout or (options.adapter and options.adapter.dropout):
-            torch.manual_seed((options.seed << 32) + number)  # dropout too is a function of (seed, step)
+            # dropout too is a function of (seed, step), and of the process
+            torch.manual_seed(engine.world.seed((options.seed << 32) + number))
         with told_if_out_of_memory(rows, options.micro_batch_tokens, engine.device):
             sums = accumulate(model, rows, options.micro_batch_tokens, engine, options.loss, (options.seed, number))
+            sums = sums.over(engine.world)
         norms = clip(model, options.clip_norm)
         loss, norm = torch.stack([sums.logged[0], norms.to(sums.logged)]).tolist()  # the step's one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -145,7 +150,7 @@ class StepSums:
     weight: float
     tokens: int
     trained: int
-    scored: list[tuple[Batch, Tensor]]
+    by_part: Callable[[], dict[Breakdown, Tensor]]  # (2,) each: sums of weight * nll and of weight
     parts: dict[str, Tensor]  # of the loss, by name
 
     @property
@@ -156,10 +161,22 @@ class StepSums:
     def losses(self) -> dict[str, float]:
         return {name: float(part) for name, part in self.parts.items()}
 
+    def over(self, world: World) -> "StepSums":
+        """Those of all processes, added up at once. Alone, nothing is read here."""
+        if world.size == 1:
+            return self
+        by_part = self.by_part()
+        own = [self.logged.cpu().double(), torch.tensor([self.trained]), torch.stack([*self.parts.values()]).cpu()]
+        sums = world.summed(torch.cat([*own, *by_part.values()]))
+        logged, trained, losses, rest = sums.split([3, 1, len(self.parts), 2 * len(by_part)])
+        found = dict(zip(by_part, rest.view(-1, 2), strict=True))
+        parts = dict(zip(self.parts, losses, strict=True))
+        return replace(self, logged=logged, trained=int(trained), by_part=lambda: found, parts=parts)
+
     def report(self, step: int, rows: str, epoch: float, lr: float, norm: float, finite: bool, begin: float) -> Report:
         scored = max(self.trained, 1)
         loss, correct, entropy = self.logged.tolist()
-        by_role, by_source, by_turn = losses_by_part(self.scored)
+        by_role, by_source, by_turn = means_by_part(self.by_part())
         return Report(
             step=step,
             rows=rows,
@@ -195,31 +212,36 @@ def accumulate(
     weights = weights_by_loss(rows, options.reduction)
     logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy
     apart = {name: torch.zeros((), device=engine.device) for name in weights}
-    tokens = trained = 0
+    trained = 0
     scored: list[tuple[Batch, Tensor]] = []
-    for part in micro_batches(rows, micro_batch_tokens):
+    world = engine.world
+    forwards = world.micro_batches(rows, micro_batch_tokens)
+    for number, part in enumerate(forwards, 1):
         engine.poll()
-        batch = make_batch(part, options.reduction).to(engine.device)
+        batch = make_batch(part or filler(rows), options.reduction).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
-        with engine.autocast():
-            losses = model(batch, options, None if noise is None else noise.to(engine.device))
-        parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
-        loss = torch.stack(list(parts.values())).sum()
-        loss.backward()
+        with world.exchanging(number == len(forwards)):
+            with engine.autocast():
+                losses = world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
+            parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
+            loss = torch.stack(list(parts.values())).sum()
+            (loss if part else 0 * loss).backward()
+        if not part:
+            continue
         of_tokens = next(iter(losses.values()))
         logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
         for name, part_of_loss in parts.items():
             apart[name] += part_of_loss.detach()
         scored.append((batch, of_tokens.nll))
-        tokens += len(batch.ids)
         trained += len(batch.scored)
-    return StepSums(logged, sum(weights.values()), tokens, trained, scored, apart)
+    tokens = sum(len(row.input_ids) for row in rows)
+    return StepSums(logged, sum(weights.values()), tokens, trained, lambda: sums_by_part(scored, rows), apart)
 
 
 def clip(model: GPT, limit: float) -> Tensor:
     """The norm () of all gradients before they are clipped to `limit` (0: not clipped)."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if limit:
         torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], limit, norm)
     return norm

@@ -19,11 +19,11 @@ def refusal(job: Job, report: Report) -> SftError | None:
     indices, _, _ = next(job.plan.from_step(report.step - 1))
     rows = [job.row(i) for i in indices]
     kept = job.run / f"diverged-step-{report.step}.jsonl"
-    with atomic_file(kept) as file:
+    with atomic_file(job.engine.world.path(kept)) as file:
         file.writelines(encode_row(row, {}) for row in rows)
     names = ", ".join(row.id for row in rows[:NAMED]) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
     told = f"step {report.step}: loss {report.loss}, gradient norm {report.grad_norm}: not finite; rows {names}"
-    allowed, before = job.options.nonfinite_skips, steps_left_out(job)
+    allowed, before = job.options.nonfinite_skips, job.engine.world.from_first(lambda: steps_left_out(job))
     if before < allowed:
         console.warn(f"train: {told} ({kept}); left out, {before + 1} of {allowed} that may be")
         return None

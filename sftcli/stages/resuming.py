@@ -7,16 +7,19 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
 import sftcli
 from sftcli import artifacts, console, manifest
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
 from sftcli.model import resume
+from sftcli.model.tensorfile import hand_over
 from sftcli.model.training import Report
 from sftcli.stages.training_job import ARRIVING, HOW, Job, best_step
 
@@ -28,14 +31,17 @@ def begin(job: Job, resumed: bool) -> int:
     recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
     folder = _newest_whole(job, recorded.get("id")) if resumed else None
     _check_room(job, 1 if folder else 2)
-    step = _go_on(job, folder) if folder else _start_over(job, recorded.get("id"), resumed)
-    if Path(job.rows.path) == job.run / ARRIVING:
-        os.replace(job.rows.path, job.run / artifacts.ROWS)
-        job.rows.path = str(job.run / artifacts.ROWS)
+    step = _go_on(job, folder) if folder else 0
+    job.engine.world.meet()  # every process has read what it needs of the run, before the first of them changes it
+    if job.engine.world.first:
+        _clear(job, folder) if folder else _start_over(job, recorded.get("id"), resumed)
+        if Path(job.rows.path) == job.run / ARRIVING:
+            os.replace(job.rows.path, job.run / artifacts.ROWS)
+            job.rows.path = str(job.run / artifacts.ROWS)
     return step
 
 
-def _start_over(job: Job, before: str | None, resumed: bool) -> int:
+def _start_over(job: Job, before: str | None, resumed: bool) -> None:
     """Remove what the run before (its id is `before`) has left, its results last: killed, it can be started again."""
     if resumed:
         console.note("train: no checkpoint to resume from, starting at step 0")
@@ -56,7 +62,6 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> int:
     if job.options.adapter:
         facts["base"] = str(job.folder.path.resolve())  # where `-m RUN` finds what the adapter belongs on
     artifacts.update_json(job.run / RUN, facts | job.settings)
-    return 0
 
 
 def _check_room(job: Job, copies: int) -> None:
@@ -88,7 +93,7 @@ def _newest_whole(job: Job, own: str | None) -> Path | None:
 
 
 def _go_on(job: Job, folder: Path) -> int:
-    """From a checkpoint: same data and settings, metrics cut back to its step."""
+    """From a checkpoint: same data and settings."""
     facts = resume.load(folder, job.model, job.optimizers)
     _compare_settings(job, facts["settings"])
     step = int(facts["step"])
@@ -97,11 +102,16 @@ def _go_on(job: Job, folder: Path) -> int:
     if pending := facts.get("pending"):
         report: dict[str, Any] = {name: math.nan if value is None else value for name, value in pending[0].items()}
         job.pending = Report(**report), pending[1]
-    for name in (METRICS, SAMPLES):
-        _cut_back(job.run / name, step - bool(pending))  # what follows the step is done anew
-    manifest.rotate(folder, job.id, job.options.keep, best_step(job))  # it may have been killed before that
     console.note(f"train: resuming after step {step}")
     return step
+
+
+def _clear(job: Job, folder: Path) -> None:
+    """Remove what lies after the checkpoint in the logs, and the checkpoints before it that are not kept."""
+    step = manifest.step_of(folder)
+    for name in (METRICS, SAMPLES):
+        _cut_back(job.run / name, step - bool(job.pending))  # what follows the step is done anew
+    manifest.rotate(folder, job.id, job.options.keep, best_step(job))  # it may have been killed before that
 
 
 def _compare_settings(job: Job, before: dict[str, Any]) -> None:
@@ -110,7 +120,7 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> None:
     before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
     changed = []
     for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
-        if name in ("threads", "torch", *HOW):
+        if name in ("threads", "processes", "torch", *HOW):
             console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
         else:
             option = name.removeprefix("options.")
@@ -134,6 +144,17 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 def save_checkpoint(job: Job, step: int) -> None:
+    """Process 0 writes, whole tensors whatever the processes hold; they wait until it has."""
+    tensors = resume.tensors_of(job.model, job.optimizers)
+    if job.engine.world.first:
+        _save(job, step, tensors)
+    else:
+        for values in tensors.values():
+            hand_over(values)
+    job.engine.world.from_first(lambda: None)
+
+
+def _save(job: Job, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
     facts["pending"] = job.pending
     for name in (METRICS, SAMPLES):  # or after a power cut the checkpoint could be ahead of its log
@@ -143,5 +164,4 @@ def save_checkpoint(job: Job, step: int) -> None:
             continue
         except OSError as error:
             raise artifacts.cannot_write(job.run / name, error) from None
-    tensors = resume.tensors_of(job.model, job.optimizers)
     resume.save(job.run, job.id, step, tensors, facts, job.options.keep, best_step(job))

@@ -127,10 +127,10 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     if stage.unchanged():
         return
     from sftcli.manifest import checkpoints
-    from sftcli.stages.train import train
+    from sftcli.stages.train import start
 
     unfinished = bool(checkpoints(folder)) and not stage.complete()  # killed anywhere before it was recorded
-    train(recipe.train, str(folder / ROWS), str(base), str(folder), resumed=unfinished)
+    start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished)
     stage.done()
 
 

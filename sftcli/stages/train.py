@@ -1,10 +1,12 @@
 """sft train: rows -> a model folder or an adapter, with everything a run leaves behind."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from sftcli.model.decoding import Completion, decode
 from sftcli.model.growth import Prompt, blanks_of_row
 from sftcli.model.memory import keep_freed_memory
 from sftcli.model.probe import fitting_tokens
+from sftcli.model.processes import World, collect, is_worker, joined, together
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
@@ -55,24 +58,48 @@ NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifac
 NAMES |= {artifacts.RECIPE}
 
 
+def start(options: Train, source: Sequence[str], model: str, output: str, resumed: bool = False) -> None:
+    """Train in this process, or in `nproc` of their own."""
+    if options.nproc == 1 or is_worker():
+        train(options, source, model, output, resumed)
+        return
+    from sftcli.model.launch import launch
+
+    with NamedTemporaryFile("wb", suffix=".yaml") as recipe:
+        recipe.write(json_line({"train": options.model_dump(mode="json")}))
+        recipe.flush()
+        flags = ["--resume"] * resumed
+        talk = [flag for flag, asked in (("-q", console.QUIET), ("--traceback", "--traceback" in sys.argv)) if asked]
+        launch(options.nproc, [*talk, "train", *source, "-m", model, "-o", output, "--recipe", recipe.name, *flags])
+
+
 def train(options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool = False) -> Outcome:
     """Run the stage. Raises SftError; an interrupted run has saved a checkpoint of its last whole step."""
     keep_freed_memory()
+    with joined(options.process_timeout) as world:
+        return _train(options, source, model, output, resumed, world)
+
+
+def _train(
+    options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool, world: World
+) -> Outcome:
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
     run = artifacts.make_folder(output, NAMES)
     _refuse(run, folder, resumed)
-    for place in (run, run / artifacts.CHECKPOINTS):
-        artifacts.remove_leftovers(place)
-    with open_rows(source, run) as (rows, where, inputs):
+    world.meet()  # all have looked at the run, which the first now changes
+    if world.first:
+        for place in (run, run / artifacts.CHECKPOINTS):
+            artifacts.remove_leftovers(place)
+    with open_rows(source, run, world) as (rows, where, inputs):
         check_rows(rows, shortened(folder.config, options.adapter), where)
         check_tokenizer(rows[0].tokenizer, codec.hash, where)
-        job = make_job(options, folder, run, rows, where, codec, inputs)
-        start = job.outcome.steps = begin(job, resumed)
-    _announce(job, where, start)
+        job = make_job(options, folder, run, rows, where, codec, inputs, world)
+        done = job.outcome.steps = begin(job, resumed)
+    _announce(job, where, done)
     if not has_enough(job):  # else early stopping had ended the run that is resumed
-        _fit(job, start)
-        _loop(job, start)
+        _fit(job, done)
+        _loop(job, done)
     return _finish(job, model)
 
 
@@ -95,7 +122,7 @@ def _announce(job: Job, where: str, start: int) -> None:
     console.note(
         f"train: {len(job.train_rows):,} rows from {where}{held}; {count:,} parameters{share}"
         f"{'' if job.folder.has_weights else f' drawn from seed {options.seed}'}, {job.engine.device} "
-        f"{str(job.engine.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+        f"{str(job.engine.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads{_processes(job)}"
     )
     console.note(
         f"train: {job.plan.steps - start:,} steps of {per_step}; {options.optimizer.kind}, lr {job.lr:g} "
@@ -117,13 +144,22 @@ def _announce(job: Job, where: str, start: int) -> None:
         console.warn("train: no stop token is trained")
 
 
+def _processes(job: Job) -> str:
+    size = job.engine.world.size
+    return f", {size} processes ({job.options.parallel})" if size > 1 else ""
+
+
 def _fit(job: Job, start: int) -> None:
     """Smaller forwards, if the longest do not fit in memory. Raises OutOfMemory."""
     asked = job.options.micro_batch_tokens
-    tokens = fitting_tokens(job.model, job.optimizers, job.row, job.plan, job.options, job.engine, start)
+    if job.engine.world.size > 1 and job.options.parallel == "fsdp":
+        return  # a forward of one process is one of all: none can try alone
+    alone = replace(job.engine, world=World())
+    tokens = fitting_tokens(job.model, job.optimizers, job.row, job.plan, job.options, alone, start)
+    tokens = job.engine.world.least(tokens)
     if tokens < asked:
         job.options = job.options.model_copy(update={"micro_batch_tokens": tokens})
-        artifacts.update_json(job.run / RUN, {"micro_batch_tokens": tokens})
+        job.engine.world.from_first(lambda: artifacts.update_json(job.run / RUN, {"micro_batch_tokens": tokens}))
         console.warn(f"train: out of memory: micro_batch_tokens is {tokens:,}, not {asked:,}; the steps stay the same")
 
 
@@ -131,9 +167,9 @@ def _loop(job: Job, start: int) -> None:
     """Train, and after every step: log, evaluate, answer samples, save. A signal leaves a checkpoint behind."""
     outcome, saved, begin = job.outcome, start, time.monotonic()
     pending, spikes = [job.pending] if job.pending else [], Spikes()
-    append_lines(job.run / METRICS)  # a log of no step is a log, too
+    append_lines(job.engine.world.path(job.run / METRICS))  # a log of no step is a log, too
     with signals.polled() as poll, console.live() as line:
-        job.engine = replace(job.engine, poll=poll)
+        job.engine = replace(job.engine, poll=job.engine.world.agreed(poll))
         steps = train_steps(job.model, job.optimizers, job.row, job.plan, job.options, job.engine, job.lr, start)
         try:
             for report, epoch_ends in chain(pending, steps):
@@ -164,7 +200,7 @@ def _follow(job: Job, report: Report) -> None:
     if job.eval_rows and (step % every == 0 or last) and not refused:
         evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
         outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
-    append_lines(job.run / METRICS, _metrics(report, evaluation))
+    append_lines(job.engine.world.path(job.run / METRICS), _metrics(report, evaluation))
     if refused:
         raise refused
     if _samples_due(options, step, evaluation, last):
@@ -231,13 +267,13 @@ def _answer_samples(job: Job, step: int) -> None:
             "reference": job.codec.decode(reference),
             "finish_reason": answer.finish_reason,
         }
-        append_lines(job.run / SAMPLES, sample)
+        append_lines(job.engine.world.path(job.run / SAMPLES), sample)
 
 
 def _answers(job: Job, prompts: list[Prompt]) -> list[Completion]:
     options = Generate(max_new_tokens=job.options.sample_tokens)
     found = []
-    with job.engine.autocast():
+    with job.engine.autocast(), together(job.model):
         for event in decode(job.model, prompts, options, job.stops or stop_ids(job.folder.path)):
             job.engine.poll()
             found += [event] if isinstance(event, Completion) else []
@@ -261,12 +297,11 @@ def _finish(job: Job, base: str) -> Outcome:
         _load_best(job, job.best[1])
         job.outcome.eval_loss = job.best[0]
         console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
-    outcome, written = job.outcome, _save(job, base)
+    world, outcome = job.engine.world, job.outcome
+    collect(job.model, world)
+    outcome.model, outcome.sha256 = world.from_first(lambda: _written(_save(job, base)))
     if outcome.skipped:
         console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
-    outcome.model = str(written[0].parent)
-    hashes = [file_fingerprint(path) for path in written]
-    outcome.sha256 = hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
     reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
     reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
@@ -282,6 +317,12 @@ def _load_best(job: Job, step: int) -> None:
     if damage := manifest.damage_of(folder):
         raise CheckpointError(damage, hint="it held the best weights; the last ones are in the newest checkpoint")
     resume.load_weights(folder, job.model)
+
+
+def _written(files: list[Path]) -> tuple[str, str]:
+    """The folder of weights, and their hash."""
+    hashes = [file_fingerprint(path) for path in files]
+    return str(files[0].parent), hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
 
 
 def _save(job: Job, base: str) -> list[Path]:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, ad
 from sftcli.model.dataset import column, fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.mixture import Input, input_of, parts_of
+from sftcli.model.processes import World, whole
 from sftcli.model.training import Engine, Plan, Report, choose_engine
 from sftcli.recipe import Lora, Prefix, Prompt, Train
 from sftcli.rowfile import NONE, RowFile, is_row_file, write_rows
@@ -38,6 +39,9 @@ FREE_TO_CHANGE = {
     "keep",
     "checkpoint_every",
     "nonfinite_skips",
+    "nproc",
+    "parallel",
+    "process_timeout",
 }  # options that no step depends on
 
 
@@ -96,7 +100,9 @@ class Job:
 
 
 @contextmanager
-def open_rows(source: str | Sequence[str], run: Path) -> Iterator[tuple[RowFile, str, list[tuple[Input, int]]]]:
+def open_rows(
+    source: str | Sequence[str], run: Path, world: World
+) -> Iterator[tuple[RowFile, str, list[tuple[Input, int]]]]:
     """(the rows as a random-access file, where they are from, the number of rows of every input).
 
     JSON lines (a pipe, say) and several inputs are first collected in the run folder, one behind the other; they
@@ -107,12 +113,16 @@ def open_rows(source: str | Sequence[str], run: Path) -> Iterator[tuple[RowFile,
         yield file, inputs[0].path, [(inputs[0], len(file))]
         return
     try:
-        yield _collected(inputs, run)
+        counts = world.from_first(lambda: _collect(inputs, run))
+        where = ", ".join(artifacts.name_of(item.path) for item in inputs)
+        yield RowFile(run / ARRIVING), where, list(zip(inputs, counts, strict=True))
     finally:
-        (run / ARRIVING).unlink(missing_ok=True)
+        if world.first:
+            (run / ARRIVING).unlink(missing_ok=True)
 
 
-def _collected(inputs: list[Input], run: Path) -> tuple[RowFile, str, list[tuple[Input, int]]]:
+def _collect(inputs: list[Input], run: Path) -> list[int]:
+    """Write the rows of all inputs into one file; returns how many each of them has."""
     counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
     templates: set[str | None] = set()
@@ -134,8 +144,7 @@ def _collected(inputs: list[Input], run: Path) -> tuple[RowFile, str, list[tuple
     if len(templates - {None}) > 1:
         found = ", ".join(sorted(filter(None, templates)))
         console.warn(f"train: rows of several templates ({found}): the model folder gets that of the first row")
-    where = ", ".join(artifacts.name_of(item.path) for item in inputs)
-    return RowFile(run / ARRIVING), where, list(zip(inputs, counts, strict=True))
+    return counts
 
 
 def _rows_of(path: str) -> Iterator[tuple[str, Row]]:
@@ -152,14 +161,16 @@ def make_job(
     where: str,
     codec: Codec,
     inputs: Sequence[tuple[Input, int]] = (),
+    world: World | None = None,
 ) -> Job:
     """`inputs`: what the rows were collected from, where they do not all count once."""
     inputs = inputs or [(Input(where), len(rows))]
     _add_tables(options, folder, rows, where)
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
-    engine = _engine(options)
-    model = _model(options, folder).to(engine.device)
+    engine = _engine(options, world or World())
+    model = _model(options, folder)
+    engine.world.place(model, engine.device, options.parallel)
     model.gradient_checkpointing = options.gradient_checkpointing
     lengths = rows.lengths()
     parts = parts_of(rows, train_rows, inputs, options.mix)
@@ -188,6 +199,7 @@ def make_job(
             "threads": torch.get_num_threads(),
             "device": str(engine.device),
             "dtype": str(engine.dtype),
+            "processes": engine.world.size,
             "micro_batch_tokens": options.micro_batch_tokens,
             "gradient_checkpointing": options.gradient_checkpointing,
             "torch": str(torch.__version__),
@@ -212,10 +224,11 @@ def _add_tables(options: Train, folder: ModelFolder, rows: RowFile, where: str) 
         raise UsageError(f"{where}: these rows need {lacking}, which the base lacks", hint=hint)
 
 
-def _engine(options: Train) -> Engine:
+def _engine(options: Train, world: World) -> Engine:
     """A base in bfloat16 computes in bfloat16 where nothing else is asked."""
     small = options.base_dtype == "bfloat16" and options.dtype == "auto"
-    return choose_engine(options.device, "bfloat16" if small else options.dtype)
+    engine = choose_engine(world.device(options.device), "bfloat16" if small else options.dtype)
+    return replace(engine, world=world)
 
 
 def _model(options: Train, folder: ModelFolder) -> GPT:
@@ -259,9 +272,9 @@ def _file_identity(path: str | None) -> str | None:
 
 def blank_controls(job: Job) -> list[int]:
     """Control tokens of the rows whose frozen embedding says nothing: as good as the mean of all, as new ones begin."""
-    weight = job.model.embedding.weight.detach()
     if job.model.embedding.weight.requires_grad:
         return []
+    weight = whole(job.model.embedding.weight.detach())
     seen = {i for number in job.train_rows[:LOOKED_AT] for i in job.rows[number].input_ids}
     controls = sorted(i for i in seen & job.codec.special_ids if i < len(weight))
     mean = weight.mean(0, dtype=torch.float32)

@@ -1,0 +1,326 @@
+"""The processes of one run: what each of them computes, and what they agree on.
+
+Every process runs the same program over the same rows. It knows all rows of a step and computes the gradients of its
+share; torch (DDP or FSDP2) adds gradients up; a step divides by the weight of all its rows, which each process knows by
+itself. Only process 0 talks and writes.
+"""
+
+import gc
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sftcli import console
+from sftcli.errors import SftError, UsageError
+from sftcli.model.batches import micro_batches
+from sftcli.rows import Row
+from sftcli.signals import Interrupted, Terminated, exit_code
+
+STOPS = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
+ROLL_CALL = 3.0  # seconds that a process has to say that it is there
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in the words of backends
+PATIENCE = math.inf  # seconds: for what only process 0 does; if it dies, the store or the launcher tells
+
+
+class World:
+    """The processes of a run as one of them sees it. Alone, it changes nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+        self.rank, self.size, self.store = rank, size, store
+        self._asked: Callable[[], None] = lambda: None  # raises Interrupted where this process is asked to stop
+        self._stop = 0  # the exit code that they agreed to stop with
+        self._told = 0
+        self._replica: nn.Module | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    # ---- a model in several processes
+
+    def device(self, name: str) -> str:
+        """What `auto` and `cuda` mean here: the GPU with the number that this process has on its machine."""
+        if self.size == 1 or name not in ("auto", "cuda"):
+            return name
+        count, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if name == "auto" and not count:
+            return "cpu"
+        if count < (needed := int(os.environ["LOCAL_WORLD_SIZE"])):
+            raise UsageError(
+                f"{needed} processes need a GPU each, there are {count}", hint="fewer, or --set device=cpu"
+            )
+        torch.cuda.set_device(local)
+        return f"cuda:{local}"
+
+    def place(self, model: nn.Module, device: torch.device, parallel: str) -> None:
+        """Bring a model to the device: all of it (ddp: the same in each process), or this process's shards (fsdp)."""
+        if self.size > 1 and parallel == "fsdp":
+            _shard(model, device)
+            return
+        model.to(device)
+        if self.size > 1:
+            replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            replica.register_comm_hook(None, _summed)
+            self._replica = replica
+
+    def forward(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call for a forward whose gradients are exchanged."""
+        return model if self._replica is None else self._replica
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch: DDP exchanges gradients once, in the last one of a step (FSDP2 in each, for memory)."""
+        return nullcontext() if last or self._replica is None else self._replica.no_sync()  # type: ignore[operator]
+
+    # ---- a step in several processes
+
+    def micro_batches(self, rows: Sequence[Row], limit: int) -> list[list[Row]]:
+        """This process's forwards for the rows of a step: as many in each process, if need be of no row."""
+        shares = [list(micro_batches(share, limit)) for share in dealt(rows, self.size)]
+        most = max(map(len, shares))
+        return shares[self.rank] + [[]] * (most - len(shares[self.rank]))
+
+    def seed(self, seed: int) -> int:
+        """Of what is drawn by micro-batch: different in every process."""
+        return (seed + self.rank * 0x9E3779B97F4A7C15) % (1 << 64)  # odd and large: ranks do not meet other steps
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sums over all processes of float64 numbers; on the way they agree whether to stop."""
+        if self.size == 1:
+            return values
+        own = 0
+        try:
+            self._asked()
+        except Interrupted as stop:
+            own = stop.code
+        votes = torch.tensor([own == code for code in STOPS], dtype=torch.float64)
+        both = torch.cat([values, votes])
+        dist.all_reduce(both)
+        found, votes = both.split([len(values), len(STOPS)])
+        self._stop = next((code for code, count in zip(STOPS, votes.tolist(), strict=True) if count), 0)
+        return found
+
+    def agreed(self, poll: Callable[[], None]) -> Callable[[], None]:
+        """`poll`; in several processes one that raises in all of them at once: at the first call after they agreed."""
+        if self.size == 1:
+            return poll
+        self._asked = poll
+
+        def poll_together() -> None:
+            if self._stop:
+                raise Interrupted(self._stop)
+
+        return poll_together
+
+    def least(self, value: int) -> int:
+        """The smallest of the processes' numbers."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
+    # ---- what only process 0 does
+
+    def path(self, path: Path) -> Path:
+        """Where to write what process 0 writes to `path`."""
+        return path if self.first else Path(os.devnull)
+
+    def from_first(self, compute: Callable[[], Any]) -> Any:
+        """What process 0 computes (plain JSON), in every process; they wait for it as long as it takes."""
+        if self.store is None:
+            return compute()
+        self._told += 1
+        key = f"told/{self._told}"
+        if self.first:
+            self.store.set(key, msgspec.json.encode(compute()).decode())
+        self._without([key], PATIENCE)  # the store's own waiting hears no signals, and complains on stderr
+        value = msgspec.json.decode(self.store.get(key))
+        self.meet()  # process 0 may hold the store: it stays until all have read it
+        return value
+
+    def meet(self) -> None:
+        """Wait until every process is here (dist.barrier would do so on GPUs, before each has its own)."""
+        self.least(0)
+
+    # ---- how it ends
+
+    def leave(self) -> None:
+        """Let go of what holds the group while all are still here: taken down beside a dead one, gloo's may hang."""
+        self._replica = None
+        gc.collect()
+        self.meet()
+
+    def is_said(self, error: str) -> bool:
+        """Whether process 0 ends with the same error, and says so. If all of them do, they leave together."""
+        assert self.store
+        keys = [f"error/{rank}/{error}" for rank in range(self.size)]
+        try:
+            self.store.set(keys[self.rank], "")
+            missing = self._without(keys, 1.0)
+            if not missing:
+                self.leave()
+        except RuntimeError:  # process 0 held the store and is gone already
+            return not self.first
+        return not self.first and keys[0] not in missing
+
+    def absent(self) -> list[int]:
+        """The processes that do not answer a roll call."""
+        assert self.store
+        self.store.set(f"here/{self.rank}", "")
+        return [int(key.partition("/")[2]) for key in self._without([f"here/{r}" for r in range(self.size)], ROLL_CALL)]
+
+    def _without(self, keys: list[str], seconds: float) -> list[str]:
+        """Those of the keys that nobody sets in time."""
+        assert self.store
+        deadline = time.monotonic() + seconds
+        while (missing := [key for key in keys if not self.store.check([key])]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return missing
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several already."""
+    return "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(timeout: int) -> Iterator[World]:
+    """The processes that torchrun started together with this one, if it did.
+
+    A process that is lost, or hangs for `timeout` seconds, ends all of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    console.RANK = rank
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    seconds = timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=seconds)
+    world = World(rank, size, store)
+    try:
+        yield world
+        world.leave()
+    except Terminated as ended:
+        if world.first:
+            raise
+        raise SystemExit(ended.code) from None  # one of them says so
+    except SftError as error:
+        if world.is_said(str(error)):
+            raise SystemExit(int(error.code)) from None
+        raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)):
+            raise
+        raise _lost(world, error) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def _lost(world: World, error: RuntimeError) -> SftError:
+    try:
+        missing = ", ".join(map(str, world.absent()))
+    except RuntimeError:
+        missing = "0"  # which holds the store
+    told = f"rank {missing} is gone or hangs" if missing else f"the processes lost each other: {error}"
+    return SftError(told, hint="--resume goes on from the last checkpoint")
+
+
+def dealt(rows: Sequence[Row], hands: int) -> list[list[Row]]:
+    """Rows shared out by their tokens: the longest first, each to whom has the fewest tokens."""
+    shares: list[list[Row]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
+        hand = tokens.index(min(tokens))
+        shares[hand].append(row)
+        tokens[hand] += len(row.input_ids)
+    return shares
+
+
+def filler(rows: Sequence[Row]) -> list[Row]:
+    """For a process that has no rows left while the others have: a row that the forward takes, and that counts 0."""
+    return [min(rows, key=lambda row: len(row.input_ids))]
+
+
+def _summed(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's exchange without its division by the number of processes."""
+    reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return reduced.then(lambda done: done.value()[0])
+
+
+def _shard(model: nn.Module, device: torch.device) -> None:
+    """FSDP2 over all processes: each block by itself, then what is left; gradients are sums, too."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = model.get_submodule("blocks")
+    for part in (*blocks.children(), model):
+        shard = fully_shard(part, mesh=mesh)
+        shard.set_gradient_divide_factor(1.0)
+        shard.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def together(model: nn.Module) -> Iterator[None]:
+    """For calls of a sharded model without backward: what lies outside of its blocks is whole there, sharded after."""
+    sharded = hasattr(model, "unshard")
+    if sharded:
+        model.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if sharded:
+            model.reshard()  # type: ignore[operator]
+
+
+# ---- tensors that may be shards
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which this process may hold only a shard; all processes must ask together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_of(value: Tensor, like: Any) -> Tensor:
+    """The part of a whole tensor that this process holds of `like`, on its device (often all of it)."""
+    if not hasattr(like, "full_tensor"):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors in the main memory of process 0, brought there one by one; nothing in the others."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if world.first:
+            found[name] = value.cpu()
+    return found
+
+
+def collect(model: nn.Module, world: World) -> None:
+    """Give process 0 whole weights in main memory, one by one, and let the others' shards go: training is over."""
+    found: dict[int, nn.Parameter] = {}  # by the identity of a shard: layers may share it
+    for module in model.modules():
+        for name, shard in module.named_parameters(recurse=False):
+            if not hasattr(shard, "full_tensor"):
+                continue
+            if id(shard) not in found:
+                value = whole(shard.detach())
+                value = value.cpu() if world.first else value.new_empty(0)
+                found[id(shard)] = nn.Parameter(value, requires_grad=shard.requires_grad)
+            setattr(module, name, found[id(shard)])
