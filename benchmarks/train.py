@@ -127,7 +127,15 @@ def run_side(side: str, work: Work) -> dict[str, Any]:
 
 def in_child(side: str, start: Path | None) -> dict[str, Any]:
     """run_side in a process of its own. Peaks count what a parent had in memory as it forked: ours is still small."""
-    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--side", side, *(["--start", str(start)] if start else [])]
+    command = [
+        sys.executable,
+        "-P",
+        __file__,
+        *sys.argv[1:],
+        "--side",
+        side,
+        *(["--start", str(start)] if start else []),
+    ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -187,7 +195,7 @@ def tell(**values: Any) -> None:
 
 def step_figures(work: Work, name: str) -> None:
     """Ours beside the bare loop, step by step in turn."""
-    peaks = {side: in_child(side, work.start)["peak"] for side in ("sft", "transformers")}
+    peaks = {side: in_child(side, work.start, "--steps", "2")["peak"] for side in ("sft", "transformers")}
     seconds, limit, apart = in_turn(work)
     numbers = range(1, len(work.steps))
     least = [limit.seconds(work.lengths(i), work.trained(i)) for i in numbers]
