@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,10 @@ def run_side(side: str, work: Work) -> dict[str, Any]:
     return {"losses": losses, "seconds": seconds, "peak": peak_bytes(torch.device("cpu"))}
 
 
-def in_child(side: str, start: Path | None) -> dict[str, Any]:
+def in_child(side: str, start: Path | None, *more: str) -> dict[str, Any]:
     """run_side in a process of its own. Peaks count what a parent had in memory as it forked: ours is still small."""
-    command = [
-        sys.executable,
-        "-P",
-        __file__,
-        *sys.argv[1:],
-        "--side",
-        side,
-        *(["--start", str(start)] if start else []),
-    ]
+    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--side", side, *more]
+    command += ["--start", str(start)] if start else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -187,13 +180,16 @@ def ratios(ours: list[float], theirs: list[float]) -> dict[str, Any]:
     return {"times_faster": round(ratio, 3), "least": round(pairs[0], 3), "most": round(pairs[-1], 3)}
 
 
-def tell(**values: Any) -> None:
-    """A JSON line, and the same as a line of a table."""
-    print(json.dumps(values), flush=True)
-    print("  ".join(f"{name} {value}" for name, value in values.items()), file=sys.stderr)
+def table(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines with the same keys in columns under their names."""
+    for keys, same in groupby(lines, key=tuple):
+        cells = [keys, *([str(value) for value in line.values()] for line in same)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
 
 
-def step_figures(work: Work, name: str) -> None:
+def step_figures(work: Work, name: str) -> Iterator[dict[str, Any]]:
     """Ours beside the bare loop, step by step in turn."""
     peaks = {side: in_child(side, work.start, "--steps", "2")["peak"] for side in ("sft", "transformers")}
     seconds, limit, apart = in_turn(work)
@@ -202,18 +198,18 @@ def step_figures(work: Work, name: str) -> None:
     flop = [limit.flop(work.lengths(i), work.trained(i)) for i in numbers]
     for side, spent in seconds.items():
         share = statistics.median(a / b for a, b in zip(least, spent, strict=True))
-        tell(side=side, kind=name, **figures(work, spent, peaks[side]), share_of_limit=round(share, 3))
-    tell(
-        what="transformers / sft",
-        kind=name,
+        yield {"side": side, "kind": name, **figures(work, spent, peaks[side]), "share_of_limit": round(share, 3)}
+    yield {
+        "what": "transformers / sft",
+        "kind": name,
         **ratios(seconds["sft"], seconds["transformers"]),
-        limit_gflop_per_s=round(sum(flop) / sum(least) / 1e9, 1),
-        losses_apart=float(f"{apart:.1e}"),
-        load=round(os.getloadavg()[0], 2),
-    )
+        "limit_gflop_per_s": round(sum(flop) / sum(least) / 1e9, 1),
+        "losses_apart": float(f"{apart:.1e}"),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
-def run_figures(work: Work, name: str, runs: int) -> None:
+def run_figures(work: Work, name: str, runs: int) -> Iterator[dict[str, Any]]:
     """Ours beside TRL, run by run in turn."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in ("sft", *TRL)}
     for _ in range(runs):
@@ -222,10 +218,11 @@ def run_figures(work: Work, name: str, runs: int) -> None:
     apart = agree({side: results[0]["losses"] for side, results in found.items()})
     for side, results in found.items():
         spent = [statistics.median(steps) for steps in zip(*(run["seconds"] for run in results), strict=True)]
-        tell(side=side, kind=name, **figures(work, spent, max(run["peak"] for run in results)))
+        yield {"side": side, "kind": name, **figures(work, spent, max(run["peak"] for run in results))}
     totals = {side: [sum(run["seconds"]) for run in results] for side, results in found.items()}
     for side in TRL:
-        tell(what=f"{side} / sft", kind=name, **ratios(totals["sft"], totals[side]), losses_apart=float(f"{apart:.1e}"))
+        ratio = ratios(totals["sft"], totals[side])
+        yield {"what": f"{side} / sft", "kind": name, **ratio, "losses_apart": float(f"{apart:.1e}")}
 
 
 def main() -> None:
@@ -249,10 +246,11 @@ def main() -> None:
         if start:
             save_start(options, given.model, start)
         work = Work(given.rows, given.model, options, start)
-        if given.trl:
-            run_figures(work, given.kind, given.runs)
-        else:
-            step_figures(work, given.kind)
+        lines = []
+        for line in run_figures(work, given.kind, given.runs) if given.trl else step_figures(work, given.kind):
+            print(json.dumps(line), flush=True)
+            lines.append(line)
+    print(*table(lines), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":
