@@ -73,6 +73,13 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def return_freed_memory() -> None:
+    """Give back what `keep_freed_memory` keeps, so that what is free and what a forward takes can be told."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def told_if_out_of_memory(rows: Sequence[Row], limit: int, device: torch.device) -> Iterator[None]:
     """Turn a failing allocation into OutOfMemory, which tells the step (its forwards have up to `limit` tokens)."""
