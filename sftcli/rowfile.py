@@ -23,6 +23,7 @@ TYPES = {"I64": ("q", 8), "F64": ("d", 8), "I32": ("i", 4), "U8": ("B", 1)}
 FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F64"}
 STRINGS = ("id", "align", "objective", "tokenizer", "template", "format", "source")
 PER_TOKEN_DEFAULT: dict[str, Any] = {"loss_weight": 1.0, "block_position_ids": 0, "token_type_ids": 0}
+MAX_HEADER = 100_000_000  # bytes, as the library has it
 NONE = -1  # next_sentence_label of a row that has none
 
 
@@ -153,7 +154,7 @@ class RowFile:
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
         (length,) = struct.unpack("<Q", self.bytes[:8])
-        if length > min(size - 8, 100_000_000):
+        if length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{path} is not a safetensors file, or is cut off: header of {length} bytes")
         try:
             header = json.loads(bytes(self.bytes[8 : 8 + length]), object_pairs_hook=no_duplicates)

@@ -1,6 +1,7 @@
 """Model folders from anywhere: each trap is exit 5 in one line, soon, and `sft check FOLDER` names the file."""
 
 import json
+import shutil
 import struct
 import time
 
@@ -227,3 +228,10 @@ def test_the_suite_would_see_a_pickle_or_a_connection(monkeypatch):
     assert pickle.loads(pickle.dumps(1)) == 1  # a test itself may
     with pytest.raises(AssertionError, match="a connection to"), socket.socket() as one:
         one.connect(("192.0.2.1", 80))
+
+
+def test_a_file_of_the_hub_that_is_a_list_is_no_danger(sft, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    (folder / "modules.json").write_text('[{"idx": 0, "type": "sentence_transformers.models.Transformer"}]')
+    result = sft("check", folder)
+    assert result.code == 0 and "UNSAFE" not in result.out.decode()

@@ -376,6 +376,14 @@ def test_killed_run_resumes_to_the_weights_of_the_whole_one(base, rows, tmp_path
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_another_rank_is_refused_by_name_and_not_called_damage(base, rows, tmp_path):
+    train(options_of("max_steps=2"), rows, str(base), str(tmp_path / "run"))
+    with pytest.raises(UsageError, match=r"adapter\.rank was \d+, is 3"):
+        train(options_of("max_steps=2", "adapter.rank=3"), rows, str(base), str(tmp_path / "run"), resumed=True)
+    with pytest.raises(UsageError, match="adapter"):
+        train(options_of("max_steps=2", "adapter=null"), rows, str(base), str(tmp_path / "run"), resumed=True)
+
+
 @pytest.mark.slow
 def test_process_that_is_killed_resumes_to_the_same_sha256(base, rows, tmp_path):
     settings = ("checkpoint_every=1", "epochs=30", "adapter.dropout=0.1")

@@ -79,6 +79,14 @@ def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on
     assert "mask: nothing has changed, skipped" in healed.stderr  # it got the same tokens as before
 
 
+def test_an_adapter_that_is_switched_on_in_a_recipe_is_trained_anew(recipe_run: Path) -> None:
+    lora = "--set model=run --set init=null --set generate=null --set train.adapter.rank=2"
+    for flags in (lora, lora + " --set train.adapter=null", lora):
+        done = shell(f"{SFT} run r.yaml -o switched {flags}", recipe_run)
+        assert done.returncode == 0 and "resuming" not in done.stderr, done.stderr
+    assert (recipe_run / "switched" / "adapter").is_dir() and not (recipe_run / "switched" / MODEL).exists()
+
+
 def test_a_tokenize_that_fails_in_the_pipe_ends_in_a_train_that_refuses(recipe_run: Path) -> None:
     done = shell(
         f"""{SFT} init data.jsonl -o base2 {SIZE}

@@ -641,3 +641,18 @@ def test_an_empty_message_has_no_first_character_and_no_traceback():
     assert only("{{ messages[0].content[0] }}" + chatml_with("message.content"), chat("", "a")) == only(
         "chatml", chat("", "a")
     )
+
+
+@pytest.mark.parametrize(
+    "expression, text",
+    [
+        ("'**%s**' | format('x')", "**x**"),
+        ("'* %s' % 'x'", "* x"),
+        ("'Year 2024: %s' % 'x'", "Year 2024: x"),
+        ("'{} * {}'.format(1, 2)", "1 * 2"),
+        ("'in 2025, {}'.format('x')", "in 2025, x"),
+        ("'100% of 2024'", "100% of 2024"),
+    ],
+)
+def test_numbers_and_stars_outside_of_a_conversion_are_text(expression, text):
+    assert only("{{ " + expression + " }}", {"messages": [{"role": "user", "content": "q"}]}).text == text

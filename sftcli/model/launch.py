@@ -14,10 +14,13 @@ from sftcli.errors import Exit, SftError
 from sftcli.signals import TERMINATING, exit_code
 
 
-def launch(count: int, arguments: Sequence[str]) -> None:
-    """`sft ARGUMENTS` in `count` processes; where they fail or are stopped, this one ends as they do."""
+def launch(count: int, arguments: Sequence[str], patience: int) -> None:
+    """`sft ARGUMENTS` in `count` processes; where they fail or are stopped, this one ends as they do.
+
+    `patience`: seconds that they have to end after a signal."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
+    ended_by = (signal.SIGINT, *TERMINATING, signal.SIGHUP, signal.SIGQUIT)  # or the workers would be left behind
+    handlers = {number: signal.getsignal(number) for number in ended_by}
     heard = [signal.Signals(number).name for number, handler in handlers.items() if handler is not signal.SIG_IGN]
     config = LaunchConfig(
         min_nodes=1,
@@ -28,6 +31,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        shutdown_timeout=patience,  # for a step and a checkpoint after a signal
         signals_to_handle=",".join(heard) or "SIGUSR2",  # which nobody sends
     )
     logging.disable(logging.ERROR)  # the process that fails has said why

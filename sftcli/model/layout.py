@@ -23,7 +23,7 @@ from sftcli.model.gpt import GPT, MLP, Joined, Linear, SelfAttention
 
 BASE = 128  # of the two digits: high is one of -127..127, low of 0..127
 LARGEST = 127  # of a digit, and of a weight
-MANY = 256  # rows: whole prompts, for which float products cost no more than the digits
+MANY = 256  # rows of one product: bounds the memory of the digits
 LEAST = 1e-30  # of a step or scale: a row of zeros stays one
 
 
@@ -57,8 +57,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
-        y = F.linear(flat, self.weight.float()) if len(flat) > MANY else self._product(flat)
-        y = y.mul_(self.scale)
+        y = torch.cat([self._product(part) for part in flat.split(MANY)]).mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).unflatten(0, x.shape[:-1])
 
     def _product(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ below it, it does not fit; in between the growth of the process decides.
 
 import gc
 import math
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -133,12 +134,12 @@ def _trained(model: GPT) -> int:
 
 
 def available() -> float:
-    """Bytes that this process can still take: of the machine, and under the limit of its container."""
+    """Bytes that this process can still take: its share of the machine, and of the limit of its container."""
     free = _figure("/proc/meminfo", "MemAvailable:", 1 << 10)
     for limit, account, line in CGROUPS:
         with suppress(OSError, ValueError):  # no such file, or `max`
             free = min(free, int(Path(limit).read_text()) - _figure(account, line, 1, 0))
-    return free
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the run's processes on this machine
 
 
 def _resident(from_here: bool = False) -> float:

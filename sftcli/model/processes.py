@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -300,16 +300,6 @@ def shard_of(value: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole tensors in the main memory of process 0, brought there one by one; nothing in the others."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor.detach())
-        if world.first:
-            found[name] = value.cpu()
-    return found
 
 
 def collect(model: nn.Module, world: World) -> None:

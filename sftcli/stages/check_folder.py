@@ -5,15 +5,17 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sftcli import artifacts, console
 from sftcli.artifacts import no_duplicates
-from sftcli.errors import SftError
+from sftcli.errors import CheckpointError, SftError
+from sftcli.rowfile import MAX_HEADER
 from sftcli.text.folder import folder_template, load_codec
 from sftcli.text.template import Template
 
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 CODE = (".dll", ".dylib", ".py", ".pyc", ".sh", ".so")
-MAX_HEADER = 100_000_000
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
 WIDTHS |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 MARKS = {True: ("ok", "green"), False: ("UNSAFE", "bold red"), None: ("note", "yellow")}
@@ -57,7 +59,9 @@ def _verdict(file: Path) -> Verdict:
 
 
 def _json(file: Path) -> Verdict:
-    value = artifacts.read_json(file)
+    value = _decoded(file)
+    if not isinstance(value, dict):
+        return True, "JSON"
     if "auto_map" in value:
         return None, "names code of its own (auto_map); it is never run"
     if isinstance(names := value.get("weight_map"), dict):
@@ -68,6 +72,13 @@ def _json(file: Path) -> Verdict:
     if file.name == "tokenizer_config.json" and isinstance(source := value.get("chat_template"), str):
         return _template(source, file)
     return True, str(value.get("model_type") or "JSON")
+
+
+def _decoded(file: Path) -> Any:
+    try:
+        return msgspec.json.decode(artifacts.read_bytes(file))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
 
 
 def _template(source: str | None, file: Path) -> Verdict:

@@ -12,7 +12,7 @@ import msgspec
 from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
-from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_model, trained_on_another
+from sftcli.model.adapters.peft import Adapter, applied, apply, open_adapter, open_model, trained_on_another
 from sftcli.model.adapters.prefix_files import PrefixAdapter
 from sftcli.model.cache import padded, positions_of
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
@@ -97,7 +97,9 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
         counter = console.Counter(line, "generate")
         for name, adapter in adapters:
             asking = deque(asked) if len(adapters) > 1 else asked
-            with applied(network, adapter):
+            if options.quantize and adapter:
+                apply(network, adapter)  # for good: what would undo it keeps the weights
+            with applied(network, None if options.quantize else adapter):
                 laid_out(network, options.quantize)
                 if cloze:
                     answers = fill(network, waiting, options, cloze.marks.mask)

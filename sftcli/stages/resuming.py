@@ -94,8 +94,8 @@ def _newest_whole(job: Job, own: str | None) -> Path | None:
 
 def _go_on(job: Job, folder: Path) -> int:
     """From a checkpoint: same data and settings."""
+    _compare_settings(job, resume.read_facts(folder)["settings"])  # before tensors that may not fit
     facts = resume.load(folder, job.model, job.optimizers)
-    _compare_settings(job, facts["settings"])
     step = int(facts["step"])
     job.best = tuple(facts["best"]) if facts.get("best") else None
     job.since_best = int(facts.get("since_best", 0))

@@ -91,6 +91,11 @@ def _recorded(folder: Path, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _files(*values: str | None) -> list[str]:
+    """Those of the values of options that name a file or folder."""
+    return [value for value in values if value and Path(value).exists()]
+
+
 def _settings(section: Any) -> Any:
     return section.model_dump(mode="json")
 
@@ -104,7 +109,7 @@ def _base(recipe: Recipe, folder: Path) -> str:
     from sftcli.stages.init import init
 
     options = recipe.init
-    stage = _Stage(folder, "init", _settings(options), list(options.data), [BASE])
+    stage = _Stage(folder, "init", _settings(options), [*options.data, *_files(options.template)], [BASE])
     if not stage.unchanged():
         shutil.rmtree(folder / BASE, ignore_errors=True)
         init(options, str(folder / BASE))
@@ -123,8 +128,8 @@ def _data(recipe: Recipe, folder: Path, model: str) -> None:
         artifacts.model_folder(model) / name
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     ]
-    templates = [options.template] if options.template and Path(options.template).is_file() else []
-    stage = _Stage(folder, "tokenize", _settings(options), [*options.data, *text_files, *templates], [TOKENS])
+    inputs: list[str | Path] = [*options.data, *text_files, *_files(options.template, options.tokenizer)]
+    stage = _Stage(folder, "tokenize", _settings(options), inputs, [TOKENS])
     if not stage.unchanged():
         tokenize(options, model, str(folder / TOKENS))
         stage.done()
@@ -138,8 +143,7 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     base = artifacts.model_folder(model)
     inputs: list[str | Path] = [folder / ROWS, base]
     inputs += [recipe.train.eval_data] if recipe.train.eval_data else []
-    trained = _trained(recipe)
-    stage = _Stage(folder, "train", _settings(recipe.train), inputs, [trained])
+    stage = _Stage(folder, "train", _settings(recipe.train), inputs, [MODEL, ADAPTER])  # one of them is not there
     if stage.unchanged():
         return
     from sftcli.manifest import checkpoints
@@ -158,7 +162,8 @@ def _trained(recipe: Recipe) -> str:
 def _generate(recipe: Recipe, folder: Path) -> None:
     options = recipe.generate
     assert options and options.prompts
-    stage = _Stage(folder, "generate", _settings(options), [options.prompts, folder / _trained(recipe)], [COMPLETIONS])
+    inputs: list[str | Path] = [options.prompts, folder / _trained(recipe), *_files(options.template, *options.adapter)]
+    stage = _Stage(folder, "generate", _settings(options), inputs, [COMPLETIONS])
     if not stage.unchanged():
         from sftcli.stages.generate import complete
 

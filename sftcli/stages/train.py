@@ -70,7 +70,8 @@ def start(options: Train, source: Sequence[str], model: str, output: str, resume
         recipe.flush()
         flags = ["--resume"] * resumed
         talk = [flag for flag, asked in (("-q", console.QUIET), ("--traceback", "--traceback" in sys.argv)) if asked]
-        launch(options.nproc, [*talk, "train", *source, "-m", model, "-o", output, "--recipe", recipe.name, *flags])
+        told = [*talk, "train", *source, "-m", model, "-o", output, "--recipe", recipe.name, *flags]
+        launch(options.nproc, told, options.process_timeout)
 
 
 def train(options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool = False) -> Outcome:
@@ -178,7 +179,8 @@ def _loop(job: Job, start: int) -> None:
                 job.pending = None
                 spikes.watch(report)
                 line.show(_progress(job, report, begin, start), report.step / job.plan.steps)
-                if _checkpoint_due(job, report.step, epoch_ends) or report.step == job.plan.steps:
+                due = _checkpoint_due(job, report.step, epoch_ends) or report.step == job.plan.steps
+                if due and report.step > saved:  # a pending step is what the run goes on from
                     save_checkpoint(job, report.step)
                     saved = report.step
                 if has_enough(job):

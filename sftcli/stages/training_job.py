@@ -169,7 +169,7 @@ def make_job(
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = _engine(options, world or World())
-    model = _model(options, folder)
+    model = _model(options, folder, pairs="next_sentence_label" in rows.columns)
     engine.world.place(model, engine.device, options.parallel)
     model.gradient_checkpointing = options.gradient_checkpointing
     lengths = rows.lengths()
@@ -231,13 +231,16 @@ def _engine(options: Train, world: World) -> Engine:
     return replace(engine, world=world)
 
 
-def _model(options: Train, folder: ModelFolder) -> GPT:
-    """The model to train: all of it, or frozen but for an adapter."""
+def _model(options: Train, folder: ModelFolder, pairs: bool) -> GPT:
+    """The model to train: all of it, or frozen but for an adapter; a head for `pairs` only where there are some."""
     if options.adapter and not folder.has_weights:
         raise UsageError(f"{folder.path} has no weights: an adapter needs a trained base", hint="train without adapter")
     model = load_model(folder, options.seed, DTYPES[options.base_dtype])
     if options.adapter:
         adapt(model, folder.family, options.adapter, options.seed)
+    for head in (model.pooler, model.nsp):
+        if head is not None and not pairs:
+            head.requires_grad_(False)
     return model
 
 

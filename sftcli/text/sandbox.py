@@ -21,7 +21,7 @@ from sftcli.text.traced import MAX_TEXT, Traced, concat, formatted, trace, trace
 MAX_WIDTH = 10_000  # of a padded text, and other numbers that make a text or list longer
 MAX_ITEMS = 1 << 20  # of a list that a template makes by repetition
 MAX_BITS = 1 << 14  # of a whole number
-WIDE = re.compile(r"\d{4,}|\*")  # in a format: a width
+WIDE = re.compile(r"%(\(.*\))?[^a-zA-Z%]*(\d{4,}|\*)|\{[^{}]*:[^{}]*\d{4,}", re.DOTALL)  # in a format: a large width
 NESTED = re.compile(r"\{[^{}]*\{")  # in a format: a width that is a value
 # filters that make a new text of a text, which then counts as content as a whole
 SIZED = ("batch", "center", "indent", "round", "slice", "wordwrap")  # filters that take a width or a count
