@@ -3,43 +3,30 @@
 ROWS and HELDOUT are files of `sft mask`. Each seed orders the rows in its own way; ours trains all seeds, TRL's
 SFTTrainer the first of them, on the same rows in the same order, with the same learning rate (constant), AdamW, no
 decay, clipping at 1 and, for LoRA, the same matrices A at the start. The held-out loss of every result is taken by the
-same code. JSON lines; needs trl and datasets beside the extra `test`.
+same code. JSON lines; needs the extra `bench`.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
-from sftcli.model.adapters.lora import adapt
-from sftcli.model.adapters.peft import apply, open_adapter, save_adapter
-from sftcli.model.batches import shuffled
-from sftcli.model.checkpoint import load_model, load_trained, open_folder
+from peers import TRL_TUNED, options_of, save_start, trl_trainer
+
+from sftcli.model.adapters.peft import apply, open_adapter
+from sftcli.model.checkpoint import load_trained, open_folder
 from sftcli.model.scoring import total_score
-from sftcli.model.training import choose_engine
-from sftcli.recipe import AdamW, Lora, Schedule, Train
+from sftcli.model.training import Plan, choose_engine
+from sftcli.recipe import Train
 from sftcli.rowfile import RowFile
+from sftcli.rows import Row
 from sftcli.stages.train import train
-
-LR = {"full": 2e-5, "lora": 2e-4}
-
-
-def options_of(kind: str, steps: int, rows: int, seed: int) -> Train:
-    return Train(
-        optimizer=AdamW(lr=LR[kind], betas=(0.9, 0.999), weight_decay=0.0),
-        schedule=Schedule(kind="constant", warmup=0.0),
-        adapter=Lora(rank=16, alpha=32) if kind == "lora" else None,
-        max_steps=steps,
-        batch_rows=rows,
-        micro_batch_tokens=2048,
-        seed=seed,
-        sample_rows=0,
-        dtype="float32",
-    )
 
 
 def ours(rows: str, model: str, options: Train, output: Path) -> tuple[list[float], float]:
@@ -49,57 +36,10 @@ def ours(rows: str, model: str, options: Train, output: Path) -> tuple[list[floa
     return [json.loads(line)["loss"] for line in lines], outcome.seconds
 
 
-def save_start(options: Train, model: str, output: Path) -> None:
-    """The adapter that ours starts from, in PEFT's files."""
-    assert options.adapter
-    folder = open_folder(Path(model))
-    network = load_model(folder)
-    adapt(network, folder.family, options.adapter, options.seed)
-    save_adapter(network, folder, output, options.adapter, model, {})
-
-
-def theirs(rows: str, model: str, options: Train, output: Path, start: Path) -> tuple[list[float], float]:
-    from datasets import Dataset
-    from peft import PeftModel
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    class InOrder(SFTTrainer):
-        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
-
+def theirs(rows: str, model: str, options: Train, output: Path, start: Path | None) -> tuple[list[float], float]:
     file = RowFile(rows)
-    ordered = [file[i] for i in shuffled(len(file), options.seed, 0)[: options.max_steps * options.batch_rows]]
-    data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in ordered])
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if options.adapter:
-        network = PeftModel.from_pretrained(network, start, is_trainable=True)
-    config = SFTConfig(
-        output_dir=str(output),
-        per_device_train_batch_size=options.batch_rows,
-        max_steps=options.max_steps,
-        learning_rate=options.optimizer.lr,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        adam_beta2=0.999,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        seed=options.seed,
-    )
-    trainer = InOrder(
-        model=network,
-        args=config,
-        train_dataset=data,
-        processing_class=AutoTokenizer.from_pretrained(model),
-    )
+    ordered = [file[i] for indices, *_ in Plan(file.lengths(), options).from_step(0) for i in indices]
+    trainer = trl_trainer(model, start, ordered, options, output, **TRL_TUNED)
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
@@ -107,14 +47,12 @@ def theirs(rows: str, model: str, options: Train, output: Path, start: Path) -> 
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], seconds
 
 
-def held_out_loss(model: str, adapter: str | None, heldout: str) -> float:
+def held_out_loss(model: str, adapter: str | None, heldout: Iterable[Row]) -> float:
     folder = open_folder(Path(model))
     network = load_trained(folder)
     if adapter:
         apply(network, open_adapter(adapter, folder))
-    file = RowFile(heldout)
-    engine = choose_engine("cpu", "float32")
-    return total_score(network, (file[i] for i in range(len(file))), 2048, engine).loss
+    return total_score(network, heldout, 2048, choose_engine("cpu", "float32")).loss
 
 
 def tell(**values: Any) -> None:
@@ -132,14 +70,14 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    kind, steps, output = given.kind, given.steps, given.output
+    kind, steps, output, heldout = given.kind, given.steps, given.output, RowFile(given.heldout)
 
     def final(place: Path) -> float:
         if kind == "lora":
-            return held_out_loss(given.model, str(place), given.heldout)
-        return held_out_loss(str(place), None, given.heldout)
+            return held_out_loss(given.model, str(place), heldout)
+        return held_out_loss(str(place), None, heldout)
 
-    tell(what="before", held_out=held_out_loss(given.model, None, given.heldout))
+    tell(what="before", held_out=held_out_loss(given.model, None, heldout))
     found, after = [], []
     for seed in range(given.seeds):
         losses, seconds = ours(
@@ -149,8 +87,8 @@ def main() -> None:
         found.append(losses)
         after.append(final(place))
         tell(what=f"sft seed {seed}", first=losses[:10], held_out=after[-1], seconds=round(seconds, 1))
-    start, options = output / "start", options_of(kind, steps, given.batch_rows, 0)
-    if kind == "lora":
+    start, options = output / "start" if kind == "lora" else None, options_of(kind, steps, given.batch_rows, 0)
+    if start:
         save_start(options, given.model, start)
     losses, seconds = theirs(given.rows, given.model, options, output / "trl", start)
     last = final(output / "trl")

@@ -5,47 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sftcli.fieldtypes import Columns, Controls, Count, Files, Numbers, Positive, Seed, Share, Spans, kind
+
 
 class Options(BaseModel):
     """A section: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", validate_default=False)
-
-
-def _listed(value: Any) -> Any:
-    """`data: a.jsonl` means `data: [a.jsonl]`."""
-    return [value] if isinstance(value, str) else value
-
-
-def _columns(value: Any) -> Any:
-    """`prompt=question,completion=answer` means {prompt: question, completion: answer}."""
-    if not isinstance(value, str):
-        return value
-    pairs = [pair.partition("=") for pair in value.split(",")]
-    if any(not name or not column for name, _, column in pairs):
-        raise ValueError("expected prompt=question,completion=answer")
-    return {name.strip(): column.strip() for name, _, column in pairs}
-
-
-def _kind(value: Any) -> Any:
-    """`schedule: cosine` means `schedule: {kind: cosine}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-def _controls(value: Any) -> Any:
-    """`glm` means the control tokens of blank infilling, `bert` those of masked LM."""
-    return list(OBJECTIVE_CONTROLS[value]) if value in ("glm", "bert") else _listed(value)
-
-
-GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
-MASKED_LM_CONTROLS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": tuple(MASKED_LM_CONTROLS.values())}
-Controls = Annotated[list[str], BeforeValidator(_controls)]
-Files = Annotated[list[str], BeforeValidator(_listed)]
-Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Init(Options):
@@ -103,23 +69,6 @@ class Causal(Options):
     kind: Literal["causal"] = "causal"
 
 
-def _spans(value: Any) -> Any:
-    """`2:3,4:6` means [(2, 3), (4, 6)]."""
-    if isinstance(value, int):
-        raise ValueError("expected spans such as 2:3,4:6; YAML reads a single 2:3 as a number: put it in quotes")
-    return [part.split(":") for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _numbers(value: Any) -> Any:
-    """`1,0` means [1, 0]; `1` means [1]."""
-    return str(value).split(",") if isinstance(value, str | int) else value
-
-
-Count = Annotated[int, Field(ge=0)]
-Spans = Annotated[list[tuple[Count, Count]], BeforeValidator(_spans)]
-Numbers = Annotated[list[Count], BeforeValidator(_numbers)]
-
-
 class BlankInfilling(Options):
     """GLM's: spans of the text become blanks, which are filled after it, token by token."""
 
@@ -173,7 +122,7 @@ class MaskedLM(Options):
 
 def _objective(value: Any) -> Any:
     """Options without a kind are those of the causal objective."""
-    value = _kind(value)
+    value = kind(value)
     return {"kind": "causal"} | value if isinstance(value, dict) else value
 
 
@@ -219,13 +168,13 @@ class Muon(Options):
 
 def _optimizer(value: Any) -> Any:
     """`optimizer: {lr: 1e-3}` means AdamW."""
-    value = _kind(value)
+    value = kind(value)
     return {"kind": "adamw"} | value if isinstance(value, dict) else value
 
 
 def _adapter(value: Any) -> Any:
     """`adapter: {rank: 8}` means LoRA."""
-    value = _kind(value)
+    value = kind(value)
     return {"kind": "lora"} | value if isinstance(value, dict) else value
 
 
@@ -307,7 +256,7 @@ class Train(Options):
     adapter: Annotated[Adapter | None, BeforeValidator(_adapter)] = None  # None: all weights are trained
     base_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen matrices, under an adapter
     optimizer: Optimizer = AdamW()
-    schedule: Annotated[Schedule, BeforeValidator(_kind)] = Schedule()
+    schedule: Annotated[Schedule, BeforeValidator(kind)] = Schedule()
     loss: Loss = Loss()
     epochs: Annotated[float, Field(gt=0)] = 3
     max_steps: Positive | None = None
@@ -370,6 +319,7 @@ class Generate(Options):
     seed: Seed = 0
     pad_side: Literal["left", "right"] = "left"
     deterministic: bool = False
+    quantize: Literal["int8"] | None = None  # the weights, for decoding only
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -18,6 +18,7 @@ def chat(
     top_k: Annotated[int | None, typer.Option(help="Sample among the k best.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the best that hold this mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random streams, one an answer.")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="int8", help="Weights in a quarter of the memory.")] = None,
     template: Template = None,
     template_text: TemplateText = None,
 ) -> None:
@@ -42,6 +43,7 @@ def chat(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        quantize=quantize,
         template=template,
         template_text=template_text,
     )

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from sftcli.cli import app
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "data" / "samples"
 TEMPLATES = ("chatml", "llama3", "alpaca", "plain")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")

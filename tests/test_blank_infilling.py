@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 from conftest import chat, write_lines
 
-from sftcli.recipe import GLM_CONTROLS, BlankInfilling, Mask
+from sftcli.fieldtypes import GLM_CONTROLS
+from sftcli.recipe import BlankInfilling, Mask
 from sftcli.rows import IGNORE, Document
 from sftcli.text.folder import load_codec
 from sftcli.text.objectives.blank_infilling import Marks, blanks_of, infilled, sentences

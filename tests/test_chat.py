@@ -21,7 +21,8 @@ from model_fixtures import PRESETS, empty_folder, make_model, model_folder, rand
 
 from sftcli.errors import Exit
 from sftcli.model import decoding
-from sftcli.model.decoding import Completion, Held, Prompt, Table, Token, decode, generate, prefill, prefill_rest
+from sftcli.model.cache import Held, Table, prefill
+from sftcli.model.decoding import Completion, Prompt, Token, decode, generate
 from sftcli.recipe import Generate
 from sftcli.stages import chat as stage
 from sftcli.stages.chat import Chat, Model, _Text
@@ -139,7 +140,7 @@ def test_prompt_that_goes_on_from_a_held_row_equals_one_encoded_from_nothing(tmp
         assert list(decode(model, [Prompt(ids, "a")], options, (), held=fed)) == list(expected)
         table, nothing = Table(model, "left"), Table(model, "left")
         with torch.no_grad():
-            found = prefill_rest(model, table, ids, held)
+            found = prefill(model, table, [ids], held)
             torch.testing.assert_close(found, prefill(model, nothing, [ids]), atol=1e-5, rtol=1e-5)
         for mine, other in zip(table.keys + table.values, nothing.keys + nothing.values, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from model_fixtures import PRESETS, VOCABULARY, make_model, model_folder, model_of, random_ids, row_logits
 
 from sftcli.model.attention import Sight, attend
-from sftcli.model.decoding import Completion, Prompt, Table, generate, in_order, padded, positions_of, prefill
+from sftcli.model.cache import Table, padded, positions_of, prefill
+from sftcli.model.decoding import Completion, Prompt, generate, in_order
 from sftcli.model.sampling import filtered, gumbel_noise, repetition_penalised, stream
 from sftcli.recipe import Generate
 
@@ -98,7 +99,7 @@ def test_right_padded_contexts_are_bg_3():
 
 def table_for(side, layers=1, heads=1, size=1):
     config = SimpleNamespace(layers=layers, kv_heads=heads, head_dim=size)
-    return Table(SimpleNamespace(config=config, device=torch.device("cpu")), side)
+    return Table(SimpleNamespace(config=config, device=torch.device("cpu"), prefix=None), side)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ from model_fixtures import make_row, model_of, row_logits
 
 from sftcli.errors import CheckpointError
 from sftcli.model.batches import make_batch
+from sftcli.model.cache import Table, padded, positions_of, prefill
 from sftcli.model.checkpoint import load_model, open_folder, save_model, upstream_tensors
-from sftcli.model.decoding import Prompt, Table, generate, in_order, padded, positions_of, prefill
+from sftcli.model.decoding import Prompt, generate, in_order
+from sftcli.model.layout import laid_out
 from sftcli.model.tensorfile import WEIGHTS, write_tensors
 from sftcli.recipe import Generate
 from sftcli.text.folder import stop_ids
@@ -57,6 +59,12 @@ def assert_close(found, expected):
 def test_logits_equal_transformers(case):
     assert 0.5 < float(case.logits.std()) < 2  # these logits can tell models apart
     assert_close(row_logits(model_of(case.path), IDS), case.logits)
+
+
+def test_weights_laid_out_for_decoding_give_the_same_logits(case):
+    model = model_of(case.path)
+    laid_out(model)
+    assert_close(row_logits(model, IDS), case.logits)
 
 
 def test_older_configuration_gives_the_same_logits(case, tmp_path):

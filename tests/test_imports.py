@@ -28,6 +28,7 @@ LEVELS = [
     "rowfile",
     "indexedfile",
     "console",
+    "fieldtypes",
     "recipe",
     "recipefile",
     "views",

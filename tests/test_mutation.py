@@ -67,7 +67,7 @@ SHAPES = b'{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":
 DOCUMENTS = b'{"id":"1","input_ids":[1,7,8,2],"segments":[[0,2,"user",false,1.0],[2,4,"assistant",true,0.5]],"tokenizer":null,"z":[1]}\n'
 
 
-@cases(40, 1500)
+@cases(40, 600)
 def test_damaged_lines_give_rows_or_one_line(base, examples):
     def work(content):
         for command in (["tokenize", "-", "-m", base], ["tokenize", "-", "-m", base, "--on-error", "skip"], ["mask"]):

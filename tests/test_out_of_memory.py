@@ -10,8 +10,9 @@ from test_training import LENGTHS, options_of, same_weights
 from sftcli import artifacts, manifest
 from sftcli.errors import Exit, OutOfMemory
 from sftcli.model import optim, probe
-from sftcli.model.batches import micro_batches
+from sftcli.model.batches import make_batch, micro_batches
 from sftcli.model.gpt import GPT
+from sftcli.model.memory import FLOAT, activations_per_token
 from sftcli.model.probe import available, fitting_tokens, longest_forwards
 from sftcli.model.training import Plan
 from sftcli.stages.train import train
@@ -200,3 +201,19 @@ def test_the_run_that_fits_says_nothing_of_memory(base, rows, tmp_path, capsys):
     train(options_of(), rows, str(base), str(tmp_path / "run"))
     assert "memory" not in capsys.readouterr().err
     assert "micro_batch_tokens" not in artifacts.read_json(tmp_path / "run" / "run.json")["options"]
+
+
+@pytest.mark.parametrize("preset", ["llama", "gpt2"])
+def test_what_the_backward_pass_keeps_is_what_is_counted(preset, tmp_path):
+    model = model_of(model_folder(tmp_path / preset, preset, layers=6, width=64, heads=4, mlp_width=96)).train()
+    kept = {p.data_ptr(): 0 for p in model.parameters()}
+
+    def pack(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes() // FLOAT)
+        return tensor
+
+    batch = make_batch(make_rows([32] * 4))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.hidden(batch.ids, batch.positions, batch.attention)
+    counted = len(batch.ids) * activations_per_token(model.config, False)
+    assert sum(kept.values()) + hidden.numel() == pytest.approx(counted, rel=0.06)

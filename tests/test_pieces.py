@@ -73,8 +73,11 @@ def test_turn_and_its_gradient_equal_complex_numbers_in_float64(interleaved, dim
     angle = draw(5, 1, dim // 2, seed=2)
 
     def ours(x):
-        both = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
-        return turned(x, both.cos(), both.sin(), interleaved)
+        cos, sin = angle.cos(), angle.sin()
+        halves = ((cos, cos), (-sin, sin))
+        if interleaved:
+            return turned(x, *(torch.stack(pair, -1).flatten(-2) for pair in halves), True)
+        return turned(x, *(torch.cat(pair, -1) for pair in halves), False)
 
     def plain(x):
         turning = x[..., :dim]

@@ -28,8 +28,9 @@ from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import PrefixTable, PromptTable, attach, keys_and_values, width_of
 from sftcli.model.attention import Sight, attend
 from sftcli.model.batches import make_batch
+from sftcli.model.cache import Held, Table, prefill
 from sftcli.model.checkpoint import load_model, open_folder
-from sftcli.model.decoding import Completion, Held, Prompt, Table, decode, generate, in_order, prefill
+from sftcli.model.decoding import Completion, Prompt, decode, generate, in_order
 from sftcli.model.families import family_of
 from sftcli.model.gpt import GPT
 from sftcli.model.memory import estimate

@@ -9,7 +9,7 @@ How tokens see each other is not decided here: forward takes an `Attention` (att
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 TOKEN_TYPES = 2  # that masked LM adds: the halves of a pair
+
+Joined = Callable[[Tensor], Sequence[Tensor]]  # layers with one input in one product (layout.py)
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,12 @@ class SelfAttention(nn.Module):
             self.k_norm = norm_of(config, config.head_dim if self.norms_heads else keys)
         else:
             self.q_norm = self.k_norm = nn.Identity()
+        self.joined: Joined | None = None
 
-    def forward(self, x: Tensor, rotary: RotaryTable | None, attention: Attention) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
+    def forward(
+        self, x: Tensor, rotary: RotaryTable | None, attention: Attention, only: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = self.joined(x) if self.joined else (self.q(x), self.k(x), self.v(x))
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         if not self.norms_heads:
@@ -154,7 +159,8 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return self.o(attention(self.sight, q, k, v).flatten(-2))
+        mixed = attention(self.sight, q, k, v).flatten(-2)
+        return self.o(mixed if only is None else mixed[only])
 
 
 class MLP(nn.Module):
@@ -164,11 +170,13 @@ class MLP(nn.Module):
         self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        return self.down(gated(self.gate(x), self.up(x), self.activation))
+        gate, up = self.joined(x) if self.joined else (self.gate(x), self.up(x))
+        return self.down(gated(gate, up, self.activation))
 
 
 class Block(nn.Module):
@@ -190,12 +198,18 @@ class Block(nn.Module):
         self.mlp_post_norm = norm(after)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x: Tensor, rotary: RotaryTable | None, attention: Attention) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: RotaryTable | None, attention: Attention, only: Tensor | None = None
+    ) -> Tensor:
+        """`only` (N,): which tokens of x (T, C) the result (N, C) is wanted of; all still are attended to."""
+        seen = x if self.norms_sum else self.attention_norm(x)
+        attended = self.attention(seen, rotary, attention, only)
+        if only is not None:
+            x, seen = x[only], seen[only] if self.shared else seen
         if self.norms_sum:
-            x = self.attention_post_norm(x + self.dropout(self.attention(x, rotary, attention)))
+            x = self.attention_post_norm(x + self.dropout(attended))
             return self.mlp_post_norm(x + self.dropout(self.mlp(x)))
-        seen = self.attention_norm(x)
-        attended = self.attention_post_norm(self.attention(seen, rotary, attention))
+        attended = self.attention_post_norm(attended)
         sum_ = torch.add(x, self.dropout(attended), alpha=self.scale)
         if not self.parallel:
             x = sum_
@@ -251,10 +265,12 @@ class GPT(nn.Module):
         blocks: Tensor | None = None,
         noise: Tensor | None = None,
         types: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states (..., C) of ids (...) at positions (...), counted from the end of a prefix.
 
         `blocks`, `types` (...): block positions and token types, None: all 0. `noise` is added to the embedding's rows.
+        `only` (N,): the tokens of ids (T,) whose hidden states (N, C) are wanted.
         """
         if self.prefix is not None:
             attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
@@ -263,7 +279,7 @@ class GPT(nn.Module):
             x = x + noise
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
-        return self.through(x, positions, attention, blocks, types)
+        return self.through(x, positions, attention, blocks, types, only)
 
     def through(
         self,
@@ -272,6 +288,7 @@ class GPT(nn.Module):
         attention: Attention,
         blocks: Tensor | None = None,
         types: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states of tokens that are embedded already (..., C)."""
         if self.position is not None:
@@ -289,10 +306,11 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             rope = self.config.rope(layer)
             rotary = None if rope is None else tables[rope]
+            wanted = only if layer == len(self.blocks) - 1 else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, attention, use_reentrant=False)
+                x = checkpoint(block, x, rotary, attention, wanted, use_reentrant=False)
             else:
-                x = block(x, rotary, attention)
+                x = block(x, rotary, attention, wanted)
         return self.norm(x)
 
     def _rotary_tables(self, positions: Tensor, attention: Attention) -> dict[Rope, RotaryTable]:
@@ -310,15 +328,16 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, loss: Loss = PLAIN, noise: Tensor | None = None) -> dict[str, LossSum]:
         """The losses of a batch by name, each a sum and a weight; only labelled positions are projected."""
-        hidden = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise, batch.types)
-        x = self.transform(hidden[batch.scored])
+        count, only = len(batch.scored), torch.cat([batch.scored, batch.starts])
+        hidden = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise, batch.types, only)
+        x = self.transform(hidden[:count])
         scale, cap = self.config.logit_scale, self.config.logit_cap
         found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap, loss)
         if batch.pairs is None:
             return {"nll": found}
         if self.pooler is None or self.nsp is None:
             raise ValueError("this model has no head for next sentences")
-        pooled = torch.tanh(self.pooler(hidden[batch.starts]))  # (rows, C)
+        pooled = torch.tanh(self.pooler(hidden[count:]))  # (rows, C)
         labelled = torch.ones(len(pooled), device=pooled.device)
         return {"mlm": found, "nsp": projected_loss(pooled, self.nsp.weight, self.nsp.bias, batch.pairs, labelled)}
 

@@ -80,21 +80,22 @@ class _Turned(torch.autograd.Function):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The first `dim` numbers of every head of x (..., heads, D) turned; cos, sin (..., 1, dim).
+    """The first `dim` numbers of every head of x (..., heads, D) turned; cos, sin (..., 1, dim), as in RotaryTable.
 
-    Pairs are (2i, 2i + 1) if interleaved, else (i, i + dim / 2); both numbers of a pair have the same cos and sin."""
+    Pairs (a, b), numbers (2i, 2i + 1) if interleaved, else (i, i + dim / 2), become (a cos - b sin, b cos + a sin);
+    `sin` brings the minus with it."""
     return _Turned.apply(x, cos, sin, interleaved)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: float) -> Tensor:
     dim = cos.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if dim < x.shape[-1]:
         out[..., dim:] = x[..., dim:]
-    (a, b), (out_a, out_b) = _pairs(x[..., :dim], interleaved), _pairs(out[..., :dim], interleaved)
-    (cos, _), (sin, _) = _pairs(cos, interleaved), _pairs(sin, interleaved)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
+    a, b = _pairs(x[..., :dim], interleaved)
+    places = zip((a, b), (b, a), *(_pairs(t, interleaved) for t in (out[..., :dim], cos, sin)), strict=True)
+    for own, other, place, c, s in places:
+        torch.mul(own, c, out=place).add_(other * s, alpha=direction)  # addcmul_ rounds once, others twice
     return out
 
 

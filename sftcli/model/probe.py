@@ -23,6 +23,7 @@ from sftcli.model.memory import (
     activations_per_token,
     logits_bytes,
     out_of_memory,
+    return_freed_memory,
     told_if_out_of_memory,
 )
 from sftcli.model.training import Engine, Plan, accumulate
@@ -89,6 +90,7 @@ def _fits(model: GPT, rows: list[Row], options: Train, engine: Engine, moments: 
     cpu = engine.device.type == "cpu"
     tokens = sum(len(row.input_ids) for row in rows)
     if cpu:
+        return_freed_memory()
         free, needed = available(), moments + needed_bytes(model, tokens, options)
         if free > AMPLE * needed:
             return True

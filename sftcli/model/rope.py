@@ -124,7 +124,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """cos and sin (..., 1, dim) in float32 for the tokens of one forward."""
+    """cos and sin (..., 1, dim) in float32 for the tokens of one forward; sin is negated for the first of each pair."""
 
     cos: Tensor
     sin: Tensor
@@ -146,9 +146,10 @@ def rotary_table(rope: Rope, positions: Tensor, lengths: Tensor | None = None) -
     else:
         frequency, amplitude = rope.scaling.frequencies(rope, lengths), rope.scaling.amplitude
     angle = positions[..., None].float() * frequency.to(positions.device)  # (..., dim / 2)
-    angle = angle.repeat_interleave(2, -1) if rope.interleaved else torch.cat([angle, angle], -1)
-    angle = angle.unsqueeze(-2)  # the same for every head
-    return RotaryTable(angle.cos() * amplitude, angle.sin() * amplitude, rope.interleaved)
+    cos, sin = ((turn * amplitude).unsqueeze(-2) for turn in (angle.cos(), angle.sin()))  # the same for every head
+    if rope.interleaved:
+        return RotaryTable(cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2), True)
+    return RotaryTable(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), False)
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:

@@ -131,7 +131,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     The library's own writer gives no error number where the disk is full, and publishes files with mode 0600.
     """
     crc = 0
-    with open(path, "wb") as file:
+    path.unlink(missing_ok=True)  # cutting off a file that somebody has mapped would kill them
+    with open(path, "xb") as file:
         for data in _pieces(tensors):
             crc = zlib.crc32(data, crc)
             file.write(data)

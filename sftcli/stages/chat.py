@@ -14,9 +14,11 @@ from sftcli.artifacts import atomic_file, json_line, line_fields, read_bytes, te
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.lines import read_lines
 from sftcli.model.adapters.peft import apply, open_model
+from sftcli.model.cache import Held
 from sftcli.model.checkpoint import load_trained
-from sftcli.model.decoding import Held, Token, decode
+from sftcli.model.decoding import Token, decode
 from sftcli.model.growth import Prompt
+from sftcli.model.layout import laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.recipefile import parse
@@ -71,6 +73,7 @@ class Model:
         self.network = load_trained(folder, self.engine.dtype).to(self.engine.device)
         if adapter:
             apply(self.network, adapter)
+        laid_out(self.network, options.quantize)
         self.stops = stop_ids(text_folder(path)) or stop_ids(folder.path)
         config = self.network.config
         self.path, self.context, self.vocabulary = path, config.context, config.vocab_size

@@ -14,10 +14,12 @@ from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.model.adapters.peft import Adapter, applied, open_adapter, open_model, trained_on_another
 from sftcli.model.adapters.prefix_files import PrefixAdapter
+from sftcli.model.cache import padded, positions_of
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
-from sftcli.model.decoding import Completion, TextStops, generate, in_order, padded, positions_of
+from sftcli.model.decoding import Completion, TextStops, generate, in_order
 from sftcli.model.filling import fill
 from sftcli.model.growth import Blanks, Grown, Prompt
+from sftcli.model.layout import laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
@@ -96,6 +98,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
         for name, adapter in adapters:
             asking = deque(asked) if len(adapters) > 1 else asked
             with applied(network, adapter):
+                laid_out(network, options.quantize)
                 if cloze:
                     answers = fill(network, waiting, options, cloze.marks.mask)
                 else:
@@ -118,6 +121,8 @@ def _models(options: Generate, model: str) -> tuple[ModelFolder, list[tuple[str,
         folder, own = open_model(model)
         return folder, [("", own)]
     folder = open_folder(artifacts.model_and_adapter(model)[0])
+    if options.quantize and len(options.adapter) > 1:  # an update goes into the whole numbers, for good
+        raise UsageError("--quantize takes one adapter at a time")
     found = [(name, None if name == NONE else open_adapter(name, folder)) for name in options.adapter]
     for name, adapter in found:
         if adapter and trained_on_another(adapter, folder):

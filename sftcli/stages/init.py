@@ -6,7 +6,8 @@ from itertools import chain
 from sftcli import console
 from sftcli.artifacts import make_folder, write_json
 from sftcli.errors import DataError, UsageError
-from sftcli.recipe import MASKED_LM_CONTROLS, Init
+from sftcli.fieldtypes import MASKED_LM_CONTROLS
+from sftcli.recipe import Init
 from sftcli.stages.common import read_lines_of
 from sftcli.text.records import read_record, renamed
 from sftcli.text.template import Template, control_tokens, load_template

@@ -36,43 +36,59 @@ def run(recipe: Recipe, output: str) -> dict[str, Any]:
     return results
 
 
+class _Files:
+    """Fingerprints of files, kept in the run: a file is read again only where its size or its times have changed."""
+
+    def __init__(self, folder: Path):
+        self.known = _recorded(folder, "files")
+
+    def content(self, path: str | Path) -> str:
+        """A fingerprint of a file, or of all files in a folder; '' where there is nothing."""
+        path = Path(path)
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.is_file())
+            return artifacts.fingerprint(*(f"{p.name} {self._of(p)}" for p in files))
+        return self._of(path) if path.is_file() else ""
+
+    def _of(self, path: Path) -> str:
+        status, name = path.stat(), str(path.resolve())
+        seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        known = self.known.get(name)
+        if not isinstance(known, list) or known[:-1] != seen:
+            known = self.known[name] = [*seen, artifacts.file_fingerprint(path)]
+        return str(known[-1])
+
+
 class _Stage:
     """A stage of this run: skipped if its settings, its inputs and its outputs are those of the last time."""
 
     def __init__(self, folder: Path, name: str, settings: Any, inputs: list[str | Path], outputs: list[str]):
-        self.folder, self.name = folder, name
+        self.folder, self.name, self.files = folder, name, _Files(folder)
         self.outputs = [folder / output for output in outputs]
         text = json.dumps([__version__, settings], sort_keys=True)
-        self.key = artifacts.fingerprint(text, *(_content(path) for path in inputs))
+        self.key = artifacts.fingerprint(text, *(self.files.content(path) for path in inputs))
 
     def unchanged(self) -> bool:
-        same = self._recorded().get(self.name, {}).get("key") == self.key and self.complete()
+        same = _recorded(self.folder, "stages").get(self.name, {}).get("key") == self.key and self.complete()
         if same:
             console.note(f"{self.name}: nothing has changed, skipped")
         return same
 
     def complete(self) -> bool:
         """Whether the outputs are those that the stage has recorded, whatever its settings were."""
-        recorded = self._recorded().get(self.name, {}).get("outputs")
-        return bool(recorded == [_content(path) for path in self.outputs])
+        recorded = _recorded(self.folder, "stages").get(self.name, {}).get("outputs")
+        return bool(recorded == [self.files.content(path) for path in self.outputs])
 
     def done(self) -> None:
-        entry = {"key": self.key, "outputs": [_content(path) for path in self.outputs]}
-        artifacts.update_json(self.folder / RUN, {"stages": self._recorded() | {self.name: entry}})
-
-    def _recorded(self) -> dict[str, Any]:
-        path = self.folder / RUN
-        stages = artifacts.read_json(path).get("stages", {}) if path.is_file() else {}
-        return stages if isinstance(stages, dict) else {}
+        entry = {"key": self.key, "outputs": [self.files.content(path) for path in self.outputs]}
+        stages = _recorded(self.folder, "stages") | {self.name: entry}
+        artifacts.update_json(self.folder / RUN, {"stages": stages, "files": self.files.known})
 
 
-def _content(path: str | Path) -> str:
-    """A fingerprint of a file, or of all files in a folder; '' where there is nothing."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
-        return artifacts.fingerprint(*(f"{p.name} {artifacts.file_fingerprint(p)}" for p in files))
-    return artifacts.file_fingerprint(path) if path.is_file() else ""
+def _recorded(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / RUN
+    found = artifacts.read_json(path).get(name, {}) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _settings(section: Any) -> Any:

@@ -31,6 +31,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Completion, decode
 from sftcli.model.growth import Prompt, blanks_of_row
+from sftcli.model.memory import keep_freed_memory
 from sftcli.model.probe import fitting_tokens
 from sftcli.model.processes import World, collect, is_worker, joined, together
 from sftcli.model.scoring import Totals, total_score
@@ -74,6 +75,7 @@ def start(options: Train, source: Sequence[str], model: str, output: str, resume
 
 def train(options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool = False) -> Outcome:
     """Run the stage. Raises SftError; an interrupted run has saved a checkpoint of its last whole step."""
+    keep_freed_memory()
     with joined(options.process_timeout) as world:
         return _train(options, source, model, output, resumed, world)
 

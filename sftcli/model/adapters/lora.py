@@ -38,11 +38,9 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.dropout, self.training)
-        low = F.linear(dropped, self.lora_A)
-        if self.magnitude is None:  # h + scale * low @ B.T in one pass
-            h2, low2 = h.reshape(-1, self.out_features), low.reshape(-1, len(self.lora_A))
-            return torch.addmm(h2, low2, self.lora_B.t(), alpha=self.scale).view_as(h)
-        update = self.scale * F.linear(low, self.lora_B)
+        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B).mul_(self.scale)
+        if self.magnitude is None:
+            return update.add_(h)
         if self.dropout and self.training:
             plain = F.linear(dropped, self.weight)
         else:

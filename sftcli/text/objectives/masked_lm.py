@@ -15,7 +15,8 @@ from itertools import chain, islice, pairwise
 from typing import Protocol, TypeVar
 
 from sftcli.errors import DataError, UsageError
-from sftcli.recipe import MASKED_LM_CONTROLS, MaskedLM
+from sftcli.fieldtypes import MASKED_LM_CONTROLS
+from sftcli.recipe import MaskedLM
 from sftcli.rows import FORMAT, IGNORE, Document, Row
 from sftcli.text.objectives.blank_infilling import SENTENCE_ENDS, opened
 from sftcli.text.objectives.causal import NothingTrained

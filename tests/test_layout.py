@@ -1,0 +1,210 @@
+"""Weights laid out for decoding: the same numbers in other memory, and int8 beside the floats that it stands for."""
+
+import copy
+
+import pytest
+import torch
+from model_fixtures import PRESETS, make_model, model_folder, random_ids, read_jsonl, row_logits, write_jsonl
+from test_decoding import assert_equal_outputs, complete, prompts_of
+
+from sftcli.errors import UsageError
+from sftcli.model.adapters.lora import adapt, merge
+from sftcli.model.checkpoint import load_model, open_folder
+from sftcli.model.gpt import Linear
+from sftcli.model.layout import BASE, LARGEST, MANY, Int8Linear, laid_out, quantized
+from sftcli.recipe import Generate, Lora
+
+
+@pytest.fixture(params=PRESETS)
+def preset(request):
+    return request.param
+
+
+@pytest.fixture
+def model(preset, tmp_path):
+    return make_model(tmp_path / preset, preset)
+
+
+def close(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def linear(inside, out, seed=0, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    layer = Linear(inside, out, bias=bias)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return layer
+
+
+# ---- float weights
+
+
+def test_parameters_keep_their_values_and_become_views_of_the_joined_memory(model):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    laid_out(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    attention, mlp = model.blocks[0].attention, model.blocks[0].mlp
+    for joined, layers in (
+        (attention.joined, (attention.q, attention.k, attention.v)),
+        (mlp.joined, (mlp.gate, mlp.up)),
+    ):
+        for layer in layers if joined else ():
+            assert layer.weight.untyped_storage().data_ptr() == joined.weight.untyped_storage().data_ptr()
+    for layer in (attention.q, attention.o, mlp.down, model.head):
+        assert layer.weight.stride(0) == 1  # a column lies together
+    assert (model.head.weight is model.embedding.weight) == model.config.tied
+
+
+def test_logits_and_tokens_stay_as_they_are_laid_out_once_or_twice(model):
+    plain = copy.deepcopy(model)
+    prompts, ids = prompts_of(9, 1, 30, 4), random_ids(20, 3)
+    for _ in range(2):
+        laid_out(model)
+        close(row_logits(model, ids), row_logits(plain, ids))
+        for size in (1, 3):
+            given = {"max_new_tokens": 10, "batch_size": size}
+            found, expected = (complete(m, prompts, **given) for m in (model, plain))
+            assert assert_equal_outputs(plain, prompts, Generate(**given), found, expected) == 0
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["gate_proj", "o_proj"]], ids=str)
+def test_layers_with_an_adapter_beside_them_are_not_joined(tmp_path, targets):
+    folder = open_folder(model_folder(tmp_path / "m", "llama"))
+    model = adapted(folder, targets)
+    expected = row_logits(model, random_ids(20, 3))
+    laid_out(model)
+    close(row_logits(model, random_ids(20, 3)), expected)
+    assert (model.blocks[0].attention.joined is None) == (targets != ["gate_proj", "o_proj"])
+    assert (model.blocks[0].mlp.joined is None) == (targets != ["q_proj"])
+
+
+def adapted(folder, targets="all-linear", dora=False):
+    model = load_model(folder)
+    adapt(model, folder.family, Lora(targets=targets, rank=2, dora=dora), 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+# ---- int8
+
+
+def of_whole_numbers(weight):
+    whole, scale = quantized(weight)
+    return whole * scale[:, None]
+
+
+def test_quantized_weights_are_within_half_a_step_and_keep_their_largest():
+    weight = linear(64, 32).weight.detach()
+    whole, scale = quantized(weight)
+    assert whole.abs().amax(1).tolist() == [LARGEST] * 32
+    assert bool(((whole * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all())
+    assert torch.equal(quantized(torch.zeros(2, 3))[0], torch.zeros(2, 3, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, MANY, MANY + 1])
+def test_int8_layer_equals_a_float_product_with_the_weights_it_stands_for(rows, bias):
+    layers = [linear(96, out, out, bias) for out in (40, 24)]
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 4, rows)[:, None]
+    x[0, 3] = 50 * x[0].abs().max()  # an outlier takes the digits of the others
+    expected = [x.double() @ of_whole_numbers(m.weight.detach()).double().t() for m in layers]
+    joined = Int8Linear(layers)
+    error = x.abs().amax(1, keepdim=True) / (BASE * LARGEST) * 96  # half a step for each number, at the most
+    for found, product, layer in zip(joined.joined(x), expected, layers, strict=True):
+        product = product + (layer.bias.detach() if bias else 0)
+        assert found.dtype == torch.float32
+        assert bool(((found - product).abs() <= error * layer.weight.abs().max() / 2 + 1e-5 * product.abs()).all())
+
+
+def test_int8_products_have_the_same_bits_however_many_rows_there_are():
+    layer, x = Int8Linear([linear(200, 64)]), torch.randn(64, 200)
+    x[5] = 0
+    together = layer(x)
+    for i in range(64):
+        assert torch.equal(layer(x[i : i + 1])[0], together[i])
+    assert torch.equal(layer(x[:60].view(3, 4, 5, 200)), together[:60].view(3, 4, 5, 64))
+    assert torch.equal(together[5], layer.bias)
+
+
+def test_largest_numbers_do_not_overflow():
+    layer = Linear(4096, 8, bias=False)
+    layer.weight.data = torch.ones(8, 4096)
+    for x in (torch.ones(2, 4096), -torch.ones(2, 4096)):
+        close(Int8Linear([layer])(x), 4096 * x[:, :8])
+
+
+@torch.no_grad()
+def with_whole_weights(model):
+    """A float model whose linear layers have the weights that int8 stands for; a tied embedding keeps its own."""
+    found = copy.deepcopy(model)
+    if found.config.tied:
+        found.head.weight = torch.nn.Parameter(found.head.weight.clone())
+    for layer in found.modules():
+        if isinstance(layer, Linear):
+            layer.weight.copy_(of_whole_numbers(layer.weight))
+    return found
+
+
+def test_int8_model_equals_a_float_model_of_the_weights_it_stands_for(model):
+    reference = with_whole_weights(model)
+    plain, expected = (row_logits(m, random_ids(20, 3)) for m in (model, reference))
+    laid_out(model, "int8")
+    found = row_logits(model, random_ids(20, 3))
+    cost = float((expected - plain).abs().max())
+    assert float((found - expected).abs().max()) < 0.03 * cost  # 15 bits of what meets the weights are nearly all of it
+    prompts, given = prompts_of(9, 1, 30, 4, 12), {"max_new_tokens": 12}
+    apart = complete(model, prompts, batch_size=1, **given)
+    for size in (2, 32):
+        together = complete(model, prompts, batch_size=size, **given)
+        assert assert_equal_outputs(reference, prompts, Generate(**given), together, apart) == 0
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_int8_has_an_adapters_update_in_its_whole_numbers(tmp_path, dora):
+    folder = open_folder(model_folder(tmp_path / "m", "llama"))
+    model, merged = adapted(folder, dora=dora), adapted(folder, dora=dora)
+    merge(merged)
+    laid_out(model, "int8")
+    laid_out(merged, "int8")
+    close(row_logits(model, random_ids(20, 3)), row_logits(merged, random_ids(20, 3)), 2e-3)
+
+
+def test_int8_holds_no_float_weights_but_the_embedding(model):
+    laid_out(model, "int8")
+    kept = sum(
+        p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n and "position" not in n
+    )
+    assert kept == 0
+
+
+def test_int8_is_refused_where_it_cannot_be(model, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="not on meta"):
+        laid_out(model.to("meta"), "int8")
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.full((64, 64), 32767, dtype=torch.int32))
+    with pytest.raises(UsageError, match="does not multiply int8 exactly"):
+        laid_out(make_model(tmp_path / "m", "llama"), "int8")
+
+
+# ---- the commands
+
+
+def test_generate_and_chat_decode_with_int8(sft, tmp_path):
+    folder = model_folder(tmp_path / "m", "llama")
+    prompts = write_jsonl(tmp_path / "q.jsonl", [{"prompt": text} for text in ("Why?", "Name a river.", "Who")])
+    given = ("--quantize", "int8", "--max-new-tokens", 6)
+    outputs = []
+    for size in (1, 3):
+        result = sft("generate", prompts, "-m", folder, *given, "--batch-size", size, "-o", tmp_path / f"{size}.jsonl")
+        assert result.code == 0, result.err
+        outputs.append(read_jsonl(tmp_path / f"{size}.jsonl"))
+    assert outputs[0] == outputs[1]
+    talk = sft("chat", folder, *given, stdin=b"Why?\n")
+    assert talk.code == 0 and talk.out.strip(), talk.err
+    result = sft("generate", prompts, "-m", folder, "--quantize", "int4")
+    assert result.code == 2 and "int8" in result.err
+    result = sft("generate", prompts, "-m", folder, *given, "--adapter", "none", "--adapter", "none")
+    assert result.code == 2 and "one adapter at a time" in result.err
