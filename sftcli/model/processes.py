@@ -28,6 +28,7 @@ from sftcli.rows import Row
 from sftcli.signals import Interrupted, Terminated, exit_code
 
 STOPS = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
+SETTLED = 0.1  # in which gloo's threads free their last tensors: later, Python being torn down, they would abort it
 ROLL_CALL = 3.0  # seconds that a process has to say that it is there
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in the words of backends
 PATIENCE = math.inf  # seconds: for what only process 0 does; if it dies, the store or the launcher tells
@@ -36,11 +37,11 @@ PATIENCE = math.inf  # seconds: for what only process 0 does; if it dies, the st
 class World:
     """The processes of a run as one of them sees it. Alone, it changes nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
-        self.rank, self.size, self.store = rank, size, store
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, timeout: float = 120):
+        self.rank, self.size, self.store, self.timeout = rank, size, store, timeout
         self._asked: Callable[[], None] = lambda: None  # raises Interrupted where this process is asked to stop
         self._stop = 0  # the exit code that they agreed to stop with
-        self._told = 0
+        self._told = self._met = 0
         self._replica: nn.Module | None = None
 
     @property
@@ -70,13 +71,16 @@ class World:
             return
         model.to(device)
         if self.size > 1:
-            replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-            replica.register_comm_hook(None, _summed)
-            self._replica = replica
+            self._replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def forward(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """What to call for a forward whose gradients are exchanged."""
         return model if self._replica is None else self._replica
+
+    @property
+    def gain(self) -> int:
+        """What a loss is multiplied by for gradients that are sums: DDP divides them by the number of processes."""
+        return 1 if self._replica is None else self.size
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Around a micro-batch: DDP exchanges gradients once, in the last one of a step (FSDP2 in each, for memory)."""
@@ -150,16 +154,27 @@ class World:
         return value
 
     def meet(self) -> None:
-        """Wait until every process is here (dist.barrier would do so on GPUs, before each has its own)."""
-        self.least(0)
+        """Wait until every process is here. (dist.barrier would ask GPUs, before each process has its own.)"""
+        if self.store is None:
+            return
+        self._met += 1
+        keys = [f"met/{self._met}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], "")
+        if self._without(keys, self.timeout):
+            raise dist.DistError("a process does not come")
 
     # ---- how it ends
 
     def leave(self) -> None:
-        """Let go of what holds the group while all are still here: taken down beside a dead one, gloo's may hang."""
-        self._replica = None
+        """Go when all are ready to go, process 0 last, as it may hold the store."""
+        self._replica = None  # it holds the group
         gc.collect()
         self.meet()
+        time.sleep(SETTLED)
+        if self.first:
+            self._without([f"left/{rank}" for rank in range(1, self.size)], ROLL_CALL)
+        elif self.store:
+            self.store.set(f"left/{self.rank}", "")
 
     def is_said(self, error: str) -> bool:
         """Whether process 0 ends with the same error, and says so. If all of them do, they leave together."""
@@ -182,7 +197,8 @@ class World:
 
     def _without(self, keys: list[str], seconds: float) -> list[str]:
         """Those of the keys that nobody sets in time."""
-        assert self.store
+        if not self.store:
+            return []
         deadline = time.monotonic() + seconds
         while (missing := [key for key in keys if not self.store.check([key])]) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -208,7 +224,7 @@ def joined(timeout: int) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     seconds = timedelta(seconds=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=seconds)
-    world = World(rank, size, store)
+    world = World(rank, size, store, timeout)
     try:
         yield world
         world.leave()
@@ -251,12 +267,6 @@ def dealt(rows: Sequence[Row], hands: int) -> list[list[Row]]:
 def filler(rows: Sequence[Row]) -> list[Row]:
     """For a process that has no rows left while the others have: a row that the forward takes, and that counts 0."""
     return [min(rows, key=lambda row: len(row.input_ids))]
-
-
-def _summed(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's exchange without its division by the number of processes."""
-    reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return reduced.then(lambda done: done.value()[0])
 
 
 def _shard(model: nn.Module, device: torch.device) -> None:

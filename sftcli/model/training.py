@@ -225,7 +225,7 @@ def accumulate(
                 losses = world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
             parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
             loss = torch.stack(list(parts.values())).sum()
-            (loss if part else 0 * loss).backward()
+            (loss * (world.gain if part else 0)).backward()
         if not part:
             continue
         of_tokens = next(iter(losses.values()))
