@@ -80,7 +80,7 @@ def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on
 
 
 def test_an_adapter_that_is_switched_on_in_a_recipe_is_trained_anew(recipe_run: Path) -> None:
-    lora = "--set model=run --set init=null --set generate=null --set train.adapter.rank=2"
+    lora = "--set model=run --set init=null --set generate=null --set evaluate=null --set train.adapter.rank=2"
     for flags in (lora, lora + " --set train.adapter=null", lora):
         done = shell(f"{SFT} run r.yaml -o switched {flags}", recipe_run)
         assert done.returncode == 0 and "resuming" not in done.stderr, done.stderr

@@ -655,4 +655,6 @@ def test_an_empty_message_has_no_first_character_and_no_traceback():
     ],
 )
 def test_numbers_and_stars_outside_of_a_conversion_are_text(expression, text):
-    assert only("{{ " + expression + " }}", {"messages": [{"role": "user", "content": "q"}]}).text == text
+    record = record_of({"messages": [{"role": "user", "content": "q"}]})
+    (found,) = speaker_of("{{ " + expression + " }}|{{ messages[0].content }}").documents(record)
+    assert found.text == f"{text}|q"
