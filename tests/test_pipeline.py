@@ -79,6 +79,7 @@ def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on
     assert "mask: nothing has changed, skipped" in healed.stderr  # it got the same tokens as before
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_switched_on_in_a_recipe_is_trained_anew(recipe_run: Path) -> None:
     lora = "--set model=run --set init=null --set generate=null --set evaluate=null --set train.adapter.rank=2"
     for flags in (lora, lora + " --set train.adapter=null", lora):
