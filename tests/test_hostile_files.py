@@ -235,3 +235,10 @@ def test_a_file_of_the_hub_that_is_a_list_is_no_danger(sft, base, tmp_path):
     (folder / "modules.json").write_text('[{"idx": 0, "type": "sentence_transformers.models.Transformer"}]')
     result = sft("check", folder)
     assert result.code == 0 and "UNSAFE" not in result.out.decode()
+
+
+def test_a_file_that_is_no_text_is_told_by_name(sft, base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    (folder / "modules.json").write_bytes(b'{"\x80": 1}')
+    result = sft("check", folder)
+    assert result.code == 5 and "modules.json is not JSON" in result.out.decode() + result.err

@@ -77,7 +77,7 @@ def _json(file: Path) -> Verdict:
 def _decoded(file: Path) -> Any:
     try:
         return msgspec.json.decode(artifacts.read_bytes(file))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
 
 
