@@ -81,7 +81,9 @@ def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on
 
 @pytest.mark.slow
 def test_an_adapter_that_is_switched_on_in_a_recipe_is_trained_anew(recipe_run: Path) -> None:
-    lora = "--set model=run --set init=null --set generate=null --set evaluate=null --set train.adapter.rank=2"
+    only_train = "--set generate=null --set evaluate=null"
+    assert shell(f"{SFT} run r.yaml -o first {only_train}", recipe_run).returncode == 0
+    lora = f"--set model=first --set init=null {only_train} --set train.adapter.rank=2"
     for flags in (lora, lora + " --set train.adapter=null", lora):
         done = shell(f"{SFT} run r.yaml -o switched {flags}", recipe_run)
         assert done.returncode == 0 and "resuming" not in done.stderr, done.stderr
