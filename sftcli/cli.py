@@ -314,8 +314,7 @@ def generate(
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
 ) -> None:
-    """Prompts -> completions, in input order. A model that fills masks (sft mask --objective bert) gives back each text
-    with its [MASK] tokens filled.
+    """Prompts -> completions, in input order; of a masked LM, each text with its [MASK] tokens filled.
 
     jq -c '{prompt}' q.jsonl | sft generate - -m run --batch-size 32 > answers.jsonl
     """

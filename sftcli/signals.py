@@ -33,6 +33,9 @@ def exit_code(number: int) -> int:
     return 130 if number == signal.SIGINT else 143
 
 
+STOPPED = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))  # the codes of what signals end
+
+
 @contextmanager
 def _handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     before = {}

@@ -35,8 +35,12 @@ def pytest_collection_modifyitems(items):
     """The longest tests first, so that no process is left alone with them at the end; the longest slow ones last, where
     half an hour may cut them off."""
     long = ("test_readme.py", "test_pipeline.py")
-    items.sort(key=lambda item: 2 * (item.get_closest_marker("slow") is not None) + (item.path.name not in long))
-    items.sort(key=lambda item: item.name == "test_recipes_reach_the_figures_that_they_state")
+
+    def place(item):
+        last = item.name == "test_recipes_reach_the_figures_that_they_state"
+        return last, item.get_closest_marker("slow") is not None, item.path.name not in long
+
+    items.sort(key=place)
 
 
 @dataclass

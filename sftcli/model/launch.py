@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sftcli.errors import Exit, SftError
-from sftcli.signals import TERMINATING, exit_code
+from sftcli.signals import STOPPED, TERMINATING, exit_code
 
 
 def launch(count: int, arguments: Sequence[str], patience: int) -> None:
@@ -53,8 +53,7 @@ def _ended(failed: ChildFailedError) -> SftError | SystemExit:
     Of the others, some exit 1, as they lost it, and the launcher ends some by SIGTERM.
     """
     codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-    stopped = {exit_code(signal.SIGINT), exit_code(signal.SIGTERM)}
-    if own := [code for code in codes.values() if code > Exit.FAILURE and code not in stopped]:
+    if own := [code for code in codes.values() if code > Exit.FAILURE and code not in STOPPED]:
         return SystemExit(own[0])
     for rank, code in codes.items():
         if code < 0 and -code != signal.SIGTERM:

@@ -8,7 +8,6 @@ itself. Only process 0 talks and writes.
 import gc
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,9 +24,8 @@ from sftcli import console
 from sftcli.errors import SftError, UsageError
 from sftcli.model.batches import micro_batches
 from sftcli.rows import Row
-from sftcli.signals import Interrupted, Terminated, exit_code
+from sftcli.signals import STOPPED, Interrupted, Terminated
 
-STOPS = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
 SETTLED = 0.1  # in which gloo's threads free their last tensors: later, Python being torn down, they would abort it
 ROLL_CALL = 3.0  # seconds that a process has to say that it is there
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in the words of backends
@@ -107,11 +105,11 @@ class World:
             self._asked()
         except Interrupted as stop:
             own = stop.code
-        votes = torch.tensor([own == code for code in STOPS], dtype=torch.float64)
+        votes = torch.tensor([own == code for code in STOPPED], dtype=torch.float64)
         both = torch.cat([values, votes])
         dist.all_reduce(both)
-        found, votes = both.split([len(values), len(STOPS)])
-        self._stop = next((code for code, count in zip(STOPS, votes.tolist(), strict=True) if count), 0)
+        found, votes = both.split([len(values), len(STOPPED)])
+        self._stop = next((code for code, count in zip(STOPPED, votes.tolist(), strict=True) if count), 0)
         return found
 
     def agreed(self, poll: Callable[[], None]) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from typing import Any
 from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output, read_objects
 from sftcli.errors import DataError, UsageError
+from sftcli.lines import name_of
 from sftcli.recipe import Evaluate
 
 MICRO_BATCH_TOKENS = 8192
@@ -47,7 +48,7 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
                 line = {"id": score.row.id, "labels": labels, "nll": score.nll, "weight": score.weights}
                 out.write(json_line(line | {"correct": score.correct}))  # type: ignore[union-attr]
     if not totals.weight:
-        raise DataError("no row has a trained token: nothing to evaluate", artifacts.name_of(source))
+        raise DataError("no row has a trained token: nothing to evaluate", name_of(source))
     return {
         "rows": totals.rows,
         "tokens": totals.tokens,
@@ -83,7 +84,7 @@ def evaluate_completions(options: Evaluate, source: str) -> dict[str, Any]:
     if without:
         console.warn(f"evaluate: {without:,} completions have no reference and were left out")
     if not count:
-        raise DataError("no completion with a reference", artifacts.name_of(source))
+        raise DataError("no completion with a reference", name_of(source))
     return {"completions": count, **{metric: sums[metric] / count for metric in options.metrics}}
 
 

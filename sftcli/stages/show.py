@@ -10,6 +10,7 @@ import msgspec
 from sftcli import artifacts, console, views
 from sftcli.artifacts import decode_json, read_objects
 from sftcli.errors import UsageError
+from sftcli.lines import name_of
 from sftcli.rowfile import RowFile, is_row_file
 from sftcli.rows import Document, Row
 from sftcli.text.folder import load_codec
@@ -37,7 +38,7 @@ def show(path: str, count: int, model: str | None) -> None:
     lines = read_objects(path)
     first = next(lines, None)
     if first is None:
-        console.warn(f"{artifacts.name_of(path)} is empty")
+        console.warn(f"{name_of(path)} is empty")
         return
     shown = _kind_of(first[2])
     if shown is _show_metrics:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sftcli import artifacts, console
 from sftcli.artifacts import file_fingerprint
 from sftcli.errors import DataError, UsageError
+from sftcli.lines import name_of
 from sftcli.model import optim
 from sftcli.model.adapters import adapt, peft
 from sftcli.model.adapters.prefix import shortened
@@ -114,7 +115,7 @@ def open_rows(
         return
     try:
         counts = world.from_first(lambda: _collect(inputs, run))
-        where = ", ".join(artifacts.name_of(item.path) for item in inputs)
+        where = ", ".join(name_of(item.path) for item in inputs)
         yield RowFile(run / ARRIVING), where, list(zip(inputs, counts, strict=True))
     finally:
         if world.first:

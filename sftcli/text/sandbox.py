@@ -149,9 +149,10 @@ def _tojson(
     return text if message is None else trace(text, message)
 
 
-def _format(pattern: Any, *args: Any, **named: Any) -> str:
+@jinja2.pass_environment
+def _format(environment: _Environment, pattern: Any, *args: Any, **named: Any) -> str:
     """The `format` filter, keeping the trace and the limits of `%`."""
-    return str(environment().call_binop(None, "%", _plain(pattern), named or args))
+    return str(environment.call_binop(None, "%", _plain(pattern), named or args))
 
 
 def _safe(value: Any) -> Any:
