@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import jinja2
@@ -16,7 +16,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from sftcli.text.traced import MAX_TEXT, Traced, concat, formatted, trace, traced_message
+from sftcli.text.traced import MAX_TEXT, Traced, concat, formatted, refuse_longer, trace, traced_message
 
 MAX_WIDTH = 10_000  # of a padded text, and other numbers that make a text or list longer
 MAX_ITEMS = 1 << 20  # of a list that a template makes by repetition
@@ -196,6 +196,8 @@ def _remade(made_by: Callable[..., Any]) -> Callable[..., Any]:
 
 def _join(value: Any, separator: str = "", attribute: str | None = None) -> str:
     """The `join` filter, keeping the trace."""
+    if isinstance(value, Sized):
+        refuse_longer(len(separator) * (len(value) - 1))
     items = [item[attribute] if attribute else item for item in value]
     pieces = [piece for item in items for piece in (separator, _plain(item))]
     return concat(pieces[1:])

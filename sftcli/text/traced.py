@@ -7,7 +7,7 @@ text, which then counts as the template's own.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 CONVERSION = re.compile(r"(%(?:\((\w+)\))?[#0 +-]*\d*(?:\.\d+)?[a-zA-Z%])")  # of `%` formatting
@@ -81,6 +81,8 @@ class Traced(str):
         return tuple(self._located(str.rpartition(self, sep)))  # type: ignore[return-value]
 
     def join(self, pieces: Iterable[str], /) -> "Traced":
+        if isinstance(pieces, Sized):
+            refuse_longer(len(self) * (len(pieces) - 1))
         return join_traced([part for piece in pieces for part in (self, piece)][1:])
 
     def _located(self, pieces: Iterable[str], gap: int = 0) -> list[str]:
@@ -96,6 +98,8 @@ class Traced(str):
     def replace(self, old: str, new: str, count: int = -1, /) -> "Traced":  # type: ignore[override]
         if not old:
             return self._whole(str.replace(self, old, new, count))
+        found = str.count(self, old)
+        refuse_longer(len(new) * (found if count < 0 else min(found, count)))
         pieces = self.split(old, count)
         between = [piece for kept in pieces for piece in (new, kept)][1:]
         return join_traced(between)
@@ -135,6 +139,11 @@ def _window(spans: tuple[Span, ...], start: int, stop: int) -> tuple[Span, ...]:
     return tuple((a - start, b - start, message) for a, b, message in cut if a < b)
 
 
+def refuse_longer(characters: int) -> None:
+    if characters > MAX_TEXT:
+        raise OverflowError(f"a text of more than {MAX_TEXT} characters")
+
+
 def join_traced(pieces: Iterable[str]) -> Traced:
     """Concatenate; touching spans of one message become one."""
     spans: list[Span] = []
@@ -147,8 +156,7 @@ def join_traced(pieces: Iterable[str]) -> Traced:
                 spans.append((at + a, at + b, message))
         texts.append(piece)
         at += len(piece)
-        if at > MAX_TEXT:
-            raise OverflowError(f"a text of more than {MAX_TEXT} characters")
+        refuse_longer(at)
     return Traced("".join(texts), tuple(spans))
 
 
