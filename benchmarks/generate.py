@@ -57,7 +57,8 @@ def sides_of(model: str, quantize: str | None) -> tuple[dict[str, Answer], GPT, 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     theirs.generation_config.eos_token_id = None
     plain, network = (load_trained(open_folder(Path(model))) for _ in range(2))
-    laid_out(network, quantize)
+    if quantize:
+        laid_out(network, 1, quantize)
 
     def ours(rows: Rows, new: int) -> Rows:
         options = Generate(batch_size=len(rows), max_new_tokens=new)
@@ -154,6 +155,8 @@ def main() -> None:
     print("batch     tok/s  transformers  ratio (min-max)    first   MB          ", file=sys.stderr)
     for batch in given.batch:
         rows = prompts[:batch]
+        if not given.quantize:
+            laid_out(network, batch)
         found = {name: Side() for name in sides}
         for run in range(given.runs + 1):  # the first is a warm-up
             for new in (1, given.new_tokens):

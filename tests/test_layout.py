@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_fixtures import PRESETS, make_model, model_folder, random_ids, read_jsonl, row_logits, write_jsonl
 from test_decoding import assert_equal_outputs, complete, prompts_of
 
@@ -11,7 +12,7 @@ from sftcli.errors import UsageError
 from sftcli.model.adapters.lora import adapt, merge
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.gpt import Linear
-from sftcli.model.layout import BASE, LARGEST, MANY, Int8Linear, laid_out, quantized
+from sftcli.model.layout import BASE, LARGEST, MANY, Int8Linear, Product, laid_out, quantized
 from sftcli.recipe import Generate, Lora
 
 
@@ -40,9 +41,19 @@ def linear(inside, out, seed=0, bias=True):
 # ---- float weights
 
 
-def test_parameters_keep_their_values_and_become_views_of_the_joined_memory(model):
+@pytest.fixture(params=["packed", "transposed"])
+def way(request, monkeypatch):
+    """With MKL's copies of the weights, and as where there is no MKL or no room for them."""
+    if request.param == "transposed":
+        monkeypatch.setattr("sftcli.model.layout.TWICE", 0)
+    elif not torch.backends.mkl.is_available():
+        pytest.skip("torch without MKL")
+    return request.param
+
+
+def test_parameters_keep_their_values_and_become_views_of_the_joined_memory(model, way):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    laid_out(model)
+    laid_out(model, 3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     attention, mlp = model.blocks[0].attention, model.blocks[0].mlp
@@ -51,17 +62,30 @@ def test_parameters_keep_their_values_and_become_views_of_the_joined_memory(mode
         (mlp.joined, (mlp.gate, mlp.up)),
     ):
         for layer in layers if joined else ():
-            assert layer.weight.untyped_storage().data_ptr() == joined.weight.untyped_storage().data_ptr()
+            assert layer.weight.untyped_storage().data_ptr() == joined.__self__.weight.untyped_storage().data_ptr()
     for layer in (attention.q, attention.o, mlp.down, model.head):
-        assert layer.weight.stride(0) == 1  # a column lies together
+        assert layer.weight.stride(0 if way == "transposed" else 1) == 1
+    assert (attention.o.product.packed is None) == (way == "transposed")
     assert (model.head.weight is model.embedding.weight) == model.config.tied
 
 
-def test_logits_and_tokens_stay_as_they_are_laid_out_once_or_twice(model):
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+def test_one_product_for_several_layers_equals_theirs_however_many_rows_come(rows, bias, way):
+    layers = [linear(96, out, out, bias) for out in (40, 24)]
+    product = Product(layers, rows, twice=way == "packed")
+    for count in (1, 2, 3, 7, 8, 9, 32, 33, 34, 100):
+        x = torch.randn(count, 96, generator=torch.Generator().manual_seed(count))
+        for found, layer in zip(product.joined(x), layers, strict=True):
+            close(found, F.linear(x, layer.weight, layer.bias))
+        close(product(x.view(1, count, 96))[0], product(x))
+
+
+def test_logits_and_tokens_stay_as_they_are_laid_out_once_or_twice(model, way):
     plain = copy.deepcopy(model)
     prompts, ids = prompts_of(9, 1, 30, 4), random_ids(20, 3)
-    for _ in range(2):
-        laid_out(model)
+    for rows in (1, 3):
+        laid_out(model, rows)
         close(row_logits(model, ids), row_logits(plain, ids))
         for size in (1, 3):
             given = {"max_new_tokens": 10, "batch_size": size}
@@ -74,7 +98,7 @@ def test_layers_with_an_adapter_beside_them_are_not_joined(tmp_path, targets):
     folder = open_folder(model_folder(tmp_path / "m", "llama"))
     model = adapted(folder, targets)
     expected = row_logits(model, random_ids(20, 3))
-    laid_out(model)
+    laid_out(model, 1)
     close(row_logits(model, random_ids(20, 3)), expected)
     assert (model.blocks[0].attention.joined is None) == (targets != ["gate_proj", "o_proj"])
     assert (model.blocks[0].mlp.joined is None) == (targets != ["q_proj"])
@@ -152,7 +176,7 @@ def with_whole_weights(model):
 def test_int8_model_equals_a_float_model_of_the_weights_it_stands_for(model):
     reference = with_whole_weights(model)
     plain, expected = (row_logits(m, random_ids(20, 3)) for m in (model, reference))
-    laid_out(model, "int8")
+    laid_out(model, 1, "int8")
     found = row_logits(model, random_ids(20, 3))
     cost = float((expected - plain).abs().max())
     assert float((found - expected).abs().max()) < 0.03 * cost  # 15 bits of what meets the weights are nearly all of it
@@ -168,13 +192,13 @@ def test_int8_has_an_adapters_update_in_its_whole_numbers(tmp_path, dora):
     folder = open_folder(model_folder(tmp_path / "m", "llama"))
     model, merged = adapted(folder, dora=dora), adapted(folder, dora=dora)
     merge(merged)
-    laid_out(model, "int8")
-    laid_out(merged, "int8")
+    laid_out(model, 1, "int8")
+    laid_out(merged, 1, "int8")
     close(row_logits(model, random_ids(20, 3)), row_logits(merged, random_ids(20, 3)), 2e-3)
 
 
 def test_int8_holds_no_float_weights_but_the_embedding(model):
-    laid_out(model, "int8")
+    laid_out(model, 1, "int8")
     kept = sum(
         p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n and "position" not in n
     )
@@ -183,10 +207,10 @@ def test_int8_holds_no_float_weights_but_the_embedding(model):
 
 def test_int8_is_refused_where_it_cannot_be(model, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="not on meta"):
-        laid_out(model.to("meta"), "int8")
+        laid_out(model.to("meta"), 1, "int8")
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.full((64, 64), 32767, dtype=torch.int32))
     with pytest.raises(UsageError, match="does not multiply int8 exactly"):
-        laid_out(make_model(tmp_path / "m", "llama"), "int8")
+        laid_out(make_model(tmp_path / "m", "llama"), 1, "int8")
 
 
 # ---- the commands

@@ -183,15 +183,17 @@ class Table:
         """Tokens (B,) of each row so far, the newest included."""
         return self.mask[:, : self.width].sum(1)
 
-    def seen(self, window: int | None) -> Tensor:
+    def seen(self, window: int | None, cap: float | None) -> Tensor:
         """What the newest column sees: (B, 1, 1, P + K). A prefix, and every real column of its row within the window;
-        no pads."""
+        no pads. As what is added to scores (0, -inf), once for all layers, except where a cap comes between."""
         if window not in self._seen:
             mask = self.mask[:, : self.width]
             if window is not None:
                 index = positions_of(mask)  # of every column in its row
                 mask = mask & (index[:, -1:] - index < window)
-            self._seen[window] = F.pad(mask, (self._before, 0), value=True)[:, None, None]
+            seen = F.pad(mask, (self._before, 0), value=True)[:, None, None]
+            added = torch.zeros(seen.shape, dtype=self._kept[0][0].dtype, device=seen.device)
+            self._seen[window] = seen if cap else added.masked_fill_(~seen, -torch.inf)
         return self._seen[window]
 
     def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ class Table:
         values[:rows, :, end - 1] = v
         sight = sight if sight.prefix is None else replace(sight, prefix=None)  # it is among the columns
         q = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, D): the heads that share a key head are its queries
-        seen = self.seen(sight.window)
+        seen = self.seen(sight.window, sight.cap)
         return attend(q, keys[:rows, :, :end], values[:rows, :, :end], seen, sight).flatten(1, 2)
 
 

@@ -100,8 +100,13 @@ class GPTConfig:
 class Linear(nn.Linear):
     """nn.Linear without values at first: drawing them on the meta device alone would load torch's compiler (2 s)."""
 
+    product: Callable[[Tensor], Tensor] | None = None  # how it is computed while a model decodes (layout.py)
+
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.product else super().forward(x)
 
 
 class Embedding(nn.Embedding):

@@ -1,10 +1,11 @@
 """How weights lie in memory while a model decodes: few rows meet every weight, so that reading them is the work.
 
-    stored (out, in)     laid out (in, out), layers that share an input side by side: q | k | v, gate | up
+    stored (out, in)     laid out: layers that share an input side by side, q | k | v and gate | up
 
-A product of 4 to 64 rows with a transposed weight takes 0.55 to 0.95 of the time of one with the weight as it is stored
-(MKL, AVX-512; 1 to 3 rows: as much), and one product is faster than two or three. The parameters become views of that
-memory: there is no second copy of a weight, and everything that reads them finds what it found before.
+One product is faster than two or three, and the parameters become views of its memory: everything that reads them finds
+what it found before. MKL multiplies few rows with a copy of the weight in its own order: in 0.6 of the time of the
+stored one with 8 rows, 0.75 with 32, near the time that reading takes. Where it cannot (another processor, dtype or a
+model too large to have twice) the weight itself is transposed, (in, out): 0.8 with 8 rows, as much with 16.
 
 `int8` keeps a weight as whole numbers -127..127 and a scale for each of its outputs: a quarter of the memory and of the
 time to read it. What it meets is written in two digits, x = step * (128 * high + low), so to 15 bits of the largest
@@ -24,24 +25,43 @@ from sftcli.model.gpt import GPT, MLP, Joined, Linear, SelfAttention
 BASE = 128  # of the two digits: high is one of -127..127, low of 0..127
 LARGEST = 127  # of a digit, and of a weight
 MANY = 256  # rows of one product: bounds the memory of the digits
+FEW = 4  # a product for N rows serves more than N / 4 of them: with fewer the stored weight is as fast
+TWICE = 4 << 30  # bytes of weights that a model may have twice
 LEAST = 1e-30  # of a step or scale: a row of zeros stays one
 
 
-class JoinedLinear:
-    """Linear layers with one input as one product; their parameters are views of what it reads."""
+class Product:
+    """Linear layers with one input as one product for `rows` rows at a time; their parameters are views of its memory.
+    `twice`: it may have a copy of the weights."""
 
-    def __init__(self, layers: Sequence[nn.Linear]):
+    def __init__(self, layers: Sequence[nn.Linear], rows: int, twice: bool):
         self.sizes = [layer.out_features for layer in layers]
-        self.weight = torch.cat([layer.weight.data for layer in layers])
+        self.weight = torch.cat([layer.weight.data for layer in layers]) if len(layers) > 1 else layers[0].weight.data
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
+        self.rows, self.packed = rows, None
         if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
-            self.weight = transposed(self.weight)
+            if twice and torch.backends.mkl.is_available():
+                self.weight = self.weight.contiguous()
+                self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+            else:
+                self.weight = transposed(self.weight)
         for layer, part in zip(layers, self.weight.split(self.sizes), strict=True):
             layer.weight.data = part
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out of all layers)"""
+        count = x.numel() // x.shape[-1]
+        if self.packed is None or not self.rows < FEW * count <= FEW * self.rows:
+            return F.linear(x, self.weight, self.bias)
+        flat = x.reshape(count, -1)
+        if count < self.rows:  # the packed order is for this many
+            flat = F.pad(flat, (0, 0, 0, self.rows - count))
+        y = torch.ops.mkl._mkl_linear(flat, self.packed, self.weight, self.bias, self.rows)  # (rows, out)
+        return y[:count].view(*x.shape[:-1], -1)
+
+    def joined(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self(x).split(self.sizes, -1)
 
 
 class Int8Linear(nn.Module):
@@ -85,21 +105,24 @@ def weight_of(layer: nn.Linear) -> Tensor:
 
 
 @torch.no_grad()
-def laid_out(model: GPT, quantize: str | None = None) -> None:
-    """Lay a model's weights out for decoding, and for nothing else from then on. An adapter that comes or goes later
-    wants it again (int8: has its update in the whole numbers, for good)."""
+def laid_out(model: GPT, rows: int, quantize: str | None = None) -> None:
+    """Lay a model's weights out for decoding `rows` rows, and for nothing else from then on. An adapter that comes or
+    goes later wants it again (int8: has its update in the whole numbers, for good)."""
     if quantize:
         _check_int8(model)
+    twice = sum(parameter.nbytes for parameter in model.parameters()) <= TWICE
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.joined = _joined([module.q, module.k, module.v], quantize)
+            module.joined = _joined([module.q, module.k, module.v], rows, twice, quantize)
         elif isinstance(module, MLP) and module.gate:
-            module.joined = _joined([module.gate, module.up], quantize)
+            module.joined = _joined([module.gate, module.up], rows, twice, quantize)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or _is_joined(model, name):
             continue
         if quantize:
             model.set_submodule(name, Int8Linear([layer]))
+        elif type(layer) is Linear:
+            layer.product = Product([layer], rows, twice)
         elif layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
             layer.weight.data = transposed(layer.weight.data)
 
@@ -109,14 +132,14 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t()
 
 
-def _joined(layers: Sequence[nn.Linear], quantize: str | None) -> Joined | None:
+def _joined(layers: Sequence[nn.Linear], rows: int, twice: bool, quantize: str | None) -> Joined | None:
     """The layers as one; None where an adapter stands beside one of them."""
     if quantize:
         joined = Int8Linear(layers)
         for layer in layers:  # the model reads them no more
             layer.weight = nn.Parameter(layer.weight[:0], requires_grad=False)
         return joined.joined
-    return JoinedLinear(layers) if all(type(layer) is Linear for layer in layers) else None
+    return Product(layers, rows, twice).joined if all(type(layer) is Linear for layer in layers) else None
 
 
 def _is_joined(model: GPT, name: str) -> bool:

@@ -16,10 +16,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        r = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y, r = _normed(x, weight, eps)
         ctx.save_for_backward(x, r, weight)
-        return (x32 * r).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -37,7 +36,15 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
+    if not torch.is_grad_enabled():
+        return _normed(x, weight.float(), eps)[0]
     return _RMSNorm.apply(x, weight.float(), eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x32 = x.float()
+    r = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x32 * r).mul_(weight).to(x.dtype), r
 
 
 class _Gated(torch.autograd.Function):
@@ -61,6 +68,8 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202); `activation` acts on each number and returns a new tensor."""
+    if not torch.is_grad_enabled():
+        return activation(gate).mul_(up)
     return _Gated.apply(gate, up, activation)
 
 
@@ -84,24 +93,21 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
     Pairs (a, b), numbers (2i, 2i + 1) if interleaved, else (i, i + dim / 2), become (a cos - b sin, b cos + a sin);
     `sin` brings the minus with it."""
+    if not torch.is_grad_enabled():
+        return _turn(x, cos, sin, interleaved, 1.0)
     return _Turned.apply(x, cos, sin, interleaved)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: float) -> Tensor:
     dim = cos.shape[-1]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if dim < x.shape[-1]:
-        out[..., dim:] = x[..., dim:]
-    a, b = _pairs(x[..., :dim], interleaved)
-    places = zip((a, b), (b, a), *(_pairs(t, interleaved) for t in (out[..., :dim], cos, sin)), strict=True)
-    for own, other, place, c, s in places:
-        torch.mul(own, c, out=place).add_(other * s, alpha=direction)  # addcmul_ rounds once, others twice
-    return out
+    turning = x[..., :dim] if dim < x.shape[-1] else x
+    partner = _exchanged(turning, interleaved).mul_(sin)
+    out = (turning * cos).add_(partner, alpha=direction)  # addcmul_ rounds once, others twice
+    return out if turning is x else torch.cat([out, x[..., dim:]], -1)
 
 
-def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of the first and of the second number of every pair."""
+def _exchanged(x: Tensor, interleaved: bool) -> Tensor:
+    """A copy in which the two numbers of every pair have changed places."""
     if interleaved:
-        return x[..., ::2], x[..., 1::2]
-    a, b = x.chunk(2, -1)
-    return a, b
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x.roll(x.shape[-1] // 2, -1)

@@ -73,7 +73,7 @@ class Model:
         self.network = load_trained(folder, self.engine.dtype).to(self.engine.device)
         if adapter:
             apply(self.network, adapter)
-        laid_out(self.network, options.quantize)
+        laid_out(self.network, 1, options.quantize)
         self.stops = stop_ids(text_folder(path)) or stop_ids(folder.path)
         config = self.network.config
         self.path, self.context, self.vocabulary = path, config.context, config.vocab_size

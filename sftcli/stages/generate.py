@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,11 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     records = _records(options, source, speaker, template.wanted, summary, filler)
     failed: list[SftError] = []
     prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked, filler), failed)
+    first = list(islice(prompts, options.batch_size))
     if show_batch:
-        prompts = _with_table(prompts, options, adapters[0][1])
-    waiting = list(prompts) if len(adapters) > 1 else prompts  # a list can be asked again
+        _show_table(first, options, adapters[0][1])
+    rows = 1 if options.deterministic else max(len(first), 1)
+    waiting = [*first, *prompts] if len(adapters) > 1 else chain(first, prompts)  # a list can be asked again
     with open_output(output) as out, console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
         for name, adapter in adapters:
@@ -100,7 +102,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
             if options.quantize and adapter:
                 apply(network, adapter)  # for good: what would undo it keeps the weights
             with applied(network, None if options.quantize else adapter):
-                laid_out(network, options.quantize)
+                laid_out(network, rows, options.quantize)
                 if cloze:
                     answers = fill(network, waiting, options, cloze.marks.mask)
                 else:
@@ -288,17 +290,15 @@ def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
             yield result[0][0]
 
 
-def _with_table(prompts: Iterator[Prompt], options: Generate, adapter: Adapter | None) -> Iterator[Prompt]:
+def _show_table(first: Sequence[Prompt], options: Generate, adapter: Adapter | None) -> None:
     """Print the first batch as the decoder lays it out: ids, mask and positions."""
-    first = [prompt for prompt, _ in zip(prompts, range(options.batch_size), strict=False)]
-    if first:
-        before = adapter.options.length if isinstance(adapter, PrefixAdapter) else 0
-        for name, table in _tables([Grown(prompt.ids, prompt.blanks) for prompt in first], options.pad_side, before):
-            console.note(f"{name} ({options.pad_side}-padded):")
-            for row in table:
-                console.note("  " + " ".join(map(str, row)))
-    yield from first
-    yield from prompts
+    if not first:
+        return
+    before = adapter.options.length if isinstance(adapter, PrefixAdapter) else 0
+    for name, table in _tables([Grown(prompt.ids, prompt.blanks) for prompt in first], options.pad_side, before):
+        console.note(f"{name} ({options.pad_side}-padded):")
+        for row in table:
+            console.note("  " + " ".join(map(str, row)))
 
 
 def _tables(rows: list[Grown], side: str, before: int) -> Iterator[tuple[str, list[list[int]]]]:
