@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
+from sftcli.model.linear import Linear, together
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
 from sftcli.model.pieces import gated, rms_norm
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
@@ -97,18 +98,6 @@ class GPTConfig:
         return Sight(layer, scale, self.windows[layer] if self.windows else None, self.attention_cap)
 
 
-class Linear(nn.Linear):
-    """nn.Linear without values at first: drawing them on the meta device alone would load torch's compiler (2 s)."""
-
-    product: Callable[[Tensor], Tensor] | None = None  # how it is computed while a model decodes (layout.py)
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x) if self.product else super().forward(x)
-
-
 class Embedding(nn.Embedding):
     """nn.Embedding without values at first."""
 
@@ -154,7 +143,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, attention: Attention, only: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self.joined(x) if self.joined else (self.q(x), self.k(x), self.v(x))
+        q, k, v = self.joined(x) if self.joined else together(x, (self.q, self.k, self.v))
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         if not self.norms_heads:
@@ -180,7 +169,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        gate, up = self.joined(x) if self.joined else (self.gate(x), self.up(x))
+        gate, up = self.joined(x) if self.joined else together(x, (self.gate, self.up))
         return self.down(gated(gate, up, self.activation))
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sftcli.errors import UsageError
 from sftcli.model.adapters.lora import LoraLinear
-from sftcli.model.gpt import GPT, MLP, Joined, Linear, SelfAttention
+from sftcli.model.gpt import GPT, MLP, Joined, SelfAttention
+from sftcli.model.linear import Linear
 
 BASE = 128  # of the two digits: high is one of -127..127, low of 0..127
 LARGEST = 127  # of a digit, and of a weight

@@ -60,22 +60,19 @@ class _ProjectedLoss(torch.autograd.Function):
             logits = F.linear(h, weight, bias).float()  # (n, V)
             slope = scaled_and_capped(logits, scale, cap)
             top, best = logits.max(-1, keepdim=True)
-            p = (logits - top).exp_()
-            total = p.sum(-1, keepdim=True)
-            log_total = top + total.log()
-            p /= total
+            p = logits.softmax(-1)
+            log_total = top - p.gather(1, best).log()  # p of the best is 1 / V at least
             nll[part] = (log_total - logits.gather(1, y)).squeeze(1)
             correct[part] = (best == y).squeeze(1).float()
-            entropy[part] = log_total.squeeze(1) - torch.bmm(p[:, None], logits[:, :, None]).flatten()
             w = weights[part] * torch.exp(-nll[part]) if options.dft else weights[part]
             loss[part] = w * token_loss(nll[part], logits, log_total.squeeze(1), options)
+            entropy[part] = log_total.squeeze(1) - logits.mul_(p).sum(-1)  # the logits' last use
             if grads[0] is None and grads[1] is None:
                 continue
-            g = gradient_(p, y, log_total, options)
-            g *= w[:, None]  # d(sum)/d(logits)
+            g = gradient_(p, y, log_total, options)  # d(loss)/d(logits), unweighted
             if isinstance(slope, Tensor) or slope != 1.0:
                 g *= slope  # d(logits)/d(h @ weight)
-            _add_gradients(grads, g, h, weight, part)
+            _add_gradients(grads, g, h, w[:, None], weight, part)
         ctx.save_for_backward(*grads)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll, correct, entropy)
@@ -95,22 +92,28 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden (N, 
 
 def _empty_gradients(needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
     """Room for what is asked; those of weight and bias add up in float32."""
+    make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills it
     return (
         torch.empty_like(hidden) if needed[0] else None,
-        torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+        make(weight, dtype=torch.float32) if needed[1] else None,
         torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
     )
 
 
-def _add_gradients(grads: Gradients, g: Tensor, h: Tensor, weight: Tensor, part: slice) -> None:
-    """What a chunk's g = d(sum)/d(h @ weight.T) (n, V) gives to each."""
+def _add_gradients(grads: Gradients, g: Tensor, h: Tensor, w: Tensor, weight: Tensor, part: slice) -> None:
+    """What a chunk's g = d(loss)/d(h @ weight.T) (n, V), weighted by w (n, 1), gives to each."""
     hidden, head, bias = grads
     if hidden is not None:
         torch.matmul(g.to(weight.dtype), weight, out=hidden[part])
+        hidden[part] *= w
     if head is not None:
-        head.addmm_(g.T, h.float())
+        weighted = h.float() * w  # (n, C): of the two factors the one that is smaller
+        if part.start:
+            head.addmm_(g.T, weighted)
+        else:
+            torch.mm(g.T, weighted, out=head)
     if bias is not None:
-        bias += g.sum(0)
+        bias += torch.mv(g.T, w[:, 0])
 
 
 def token_loss(nll: Tensor, logits: Tensor, log_total: Tensor, options: Loss) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sftcli.errors import UsageError
 from sftcli.model.families import Family, Stored, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
+from sftcli.model.linear import Matrix, products
 from sftcli.recipe import Lora
 
 HEAD = "lm_head"  # the head's module in transformers, whatever its tensor is called in the files
@@ -36,15 +37,29 @@ class LoraLinear(nn.Linear):
         self._gain: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return self.finish(*products(x, self.matrices()))
         h = F.linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.dropout, self.training)
-        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B).mul_(self.scale)
+        plain = h if self.magnitude is None else F.linear(dropped, self.weight)
+        return self._updated(h, F.linear(dropped, self.lora_A), plain)
+
+    def matrices(self) -> list[Matrix]:
+        """What the input is multiplied with; none where that is not the input alone."""
+        return [] if self.dropout and self.training else [(self.weight, self.bias), (self.lora_A, None)]
+
+    def finish(self, h: Tensor, down: Tensor) -> Tensor:
+        """The layer's output, from those products."""
+        return self._updated(h, down, h if self.bias is None or self.magnitude is None else h - self.bias)
+
+    def _updated(self, h: Tensor, down: Tensor, plain: Tensor) -> Tensor:
+        """h (..., out) with the update that `down` (..., rank) leads to; `plain`: what DoRA's gain acts on."""
+        if math.frexp(self.scale)[0] == 0.5:  # powers of two round nothing: on the narrow side it costs less
+            update = F.linear(down * self.scale, self.lora_B)
+        else:
+            update = F.linear(down, self.lora_B).mul_(self.scale)
         if self.magnitude is None:
             return update.add_(h)
-        if self.dropout and self.training:
-            plain = F.linear(dropped, self.weight)
-        else:
-            plain = h if self.bias is None else h - self.bias
         gain = self.gain()
         return (h + (gain - 1) * plain + gain * update).to(h.dtype)
 

@@ -1,0 +1,95 @@
+"""Linear layers, and several of them with one input."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Matrix = tuple[Tensor, Tensor | None]  # weight (out, in), bias (out,)
+NARROW = 64  # outputs: products of fewer waste most of their time
+
+
+class Linear(nn.Linear):
+    """nn.Linear without values at first: drawing them on the meta device alone would load torch's compiler (2 s)."""
+
+    product: Callable[[Tensor], Tensor] | None = None  # how it is computed while a model decodes (layout.py)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.product else super().forward(x)
+
+    def matrices(self) -> list[Matrix]:
+        """What the input is multiplied with; none where that is not the input alone."""
+        return [(self.weight, self.bias)]
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The layer's output, from those products."""
+        return y
+
+
+def together(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
+    """What layers with one input (..., in) make of it."""
+    own: list[list[Matrix]] = [layer.matrices() if hasattr(layer, "matrices") else [] for layer in layers]
+    if not torch.is_grad_enabled() or not all(own):
+        return [layer(x) for layer in layers]
+    made = iter(products(x, [matrix for matrices in own for matrix in matrices]))
+    return [layer.finish(*(next(made) for _ in matrices)) for layer, matrices in zip(layers, own, strict=True)]
+
+
+def products(x: Tensor, matrices: Sequence[Matrix]) -> Sequence[Tensor]:
+    """x W' + b (..., out) for each (W, b). In backward the gradients for x add up while they are multiplied: a pass
+    over memory less for each, and better products where a matrix is narrow."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return [F.linear(x, weight, bias) for weight, bias in matrices]
+    made: tuple[Tensor, ...] = _Products.apply(x, *(tensor for matrix in matrices for tensor in matrix))
+    return made
+
+
+class _Products(torch.autograd.Function):
+    """x W' + b for several W and b; keeps x only for weights that learn. Narrow ones are one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = cast(Sequence[Tensor], given[::2]), given[1::2]
+        ctx.groups = _groups(weights, biases)
+        joined = [_join([weights[i] for i in group], 0) for group in ctx.groups]
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *joined)
+        ctx.shape, ctx.sizes = x.shape, [len(weight) for weight in weights]
+        found: dict[int, Tensor] = {}
+        for group, weight in zip(ctx.groups, joined, strict=True):
+            y = F.linear(x, weight, biases[group[0]])
+            found |= zip(group, y.split([ctx.sizes[i] for i in group], -1), strict=True)
+        return tuple(found[i] for i in range(len(weights)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *joined = ctx.saved_tensors
+        flat = None if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
+        of_x: Tensor | None = None
+        found: dict[int, Tensor] = {}  # by place in what forward was given
+        for group, weight in zip(ctx.groups, joined, strict=True):
+            g = _join([grads[i].reshape(-1, ctx.sizes[i]) for i in group], 1)  # (T, out)
+            if ctx.needs_input_grad[0]:
+                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
+            if flat is not None and ctx.needs_input_grad[1 + 2 * group[0]]:
+                parts = (g.t() @ flat).split([ctx.sizes[i] for i in group])
+                for i, part in zip(group, parts, strict=True):
+                    found[2 * i] = part
+            if ctx.needs_input_grad[2 + 2 * group[0]]:
+                found[2 * group[0] + 1] = g.sum(0)
+        return (None if of_x is None else of_x.view(ctx.shape), *(found.get(i) for i in range(2 * len(ctx.sizes))))
+
+
+def _groups(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[list[int]]:
+    """Which weights are multiplied at once: narrow ones that all learn (an adapter's), every other by itself."""
+    narrow = [i for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if len(w) <= NARROW and b is None]
+    narrow = [i for i in narrow if weights[i].requires_grad]
+    return [[i] for i in range(len(weights)) if i not in narrow] + ([narrow] if narrow else [])
+
+
+def _join(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
