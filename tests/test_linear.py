@@ -104,6 +104,6 @@ def test_dropout_before_an_adapter_leaves_the_base_as_it_is():
 def test_under_autocast_products_are_those_of_autocast():
     layers, x = [layer_of(24, 8, 0), layer_of(24, 8, 5)], draw(6, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for found, layer in zip(products(x, [m for layer in layers for m in layer.matrices()]), layers, strict=True):
+        for found, layer in zip(products(x, [m for own in layers for m in own.matrices()]), layers, strict=True):
             assert found.dtype == torch.bfloat16
             assert torch.equal(found, F.linear(x, layer.weight))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Matrix = tuple[Tensor, Tensor | None]  # weight (out, in), bias (out,)
-NARROW = 64  # outputs: products of fewer waste most of their time
+NARROW = 32  # outputs: products of fewer waste most of their time
 
 
 class Linear(nn.Linear):
