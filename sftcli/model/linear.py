@@ -85,9 +85,12 @@ class _Products(torch.autograd.Function):
 
 
 def _groups(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[list[int]]:
-    """Which weights are multiplied at once: narrow ones that all learn (an adapter's), every other by itself."""
-    narrow = [i for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if len(w) <= NARROW and b is None]
-    narrow = [i for i in narrow if weights[i].requires_grad]
+    """Which weights are multiplied at once: narrow ones that learn (an adapter's), every other by itself."""
+    narrow = [
+        i
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+        if len(w) <= min(NARROW, w.shape[1] // 8) and b is None and w.requires_grad
+    ]
     return [[i] for i in range(len(weights)) if i not in narrow] + ([narrow] if narrow else [])
 
 
