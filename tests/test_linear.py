@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from sftcli.model.adapters.lora import LoraLinear
 from sftcli.model.linear import NARROW, Linear, products, together
+from sftcli.model.pieces import gated, rms_norm
 
 
 def draw(*shape, seed=0):
@@ -90,6 +91,24 @@ def test_frozen_layers_keep_nothing_of_their_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         together(x * 1.0, [frozen, frozen])
     assert {tuple(t.shape) for t in kept} == {(100, 24)}
+
+
+def test_what_a_piece_has_made_is_made_again_instead_of_kept():
+    x, up, weight = draw(40, 64).requires_grad_(), draw(40, 64, seed=1).requires_grad_(), draw(64, seed=2)
+    layers = [layer_of(64, 48, 0), layer_of(64, 40, 5)]
+    for piece in (lambda: rms_norm(x, weight, 1e-5), lambda: gated(x, up, F.silu)):
+        kept: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            made = piece()
+            out = sum(y.square().sum() for y in together(made, layers))
+        assert made.data_ptr() not in kept and x.data_ptr() in kept
+        of = (x, *learned(layers))
+        found = torch.autograd.grad(out, of)
+        plain_out = sum(F.linear(piece().clone(), layer.weight).square().sum() for layer in layers)
+        for ours, theirs in zip(found, torch.autograd.grad(plain_out, of), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
 
 
 def test_dropout_before_an_adapter_leaves_the_base_as_it_is():

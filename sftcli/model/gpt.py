@@ -170,7 +170,7 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         gate, up = self.joined(x) if self.joined else together(x, (self.gate, self.up))
-        return self.down(gated(gate, up, self.activation))
+        return together(gated(gate, up, self.activation), (self.down,))[0]
 
 
 class Block(nn.Module):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sftcli.model.pieces import Source, made_of
+
 Matrix = tuple[Tensor, Tensor | None]  # weight (out, in), bias (out,)
 NARROW = 32  # outputs: products of fewer waste most of their time
 
@@ -45,19 +47,20 @@ def products(x: Tensor, matrices: Sequence[Matrix]) -> Sequence[Tensor]:
     over memory less for each, and better products where a matrix is narrow."""
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return [F.linear(x, weight, bias) for weight, bias in matrices]
-    made: tuple[Tensor, ...] = _Products.apply(x, *(tensor for matrix in matrices for tensor in matrix))
+    made: tuple[Tensor, ...] = _Products.apply(x, made_of(x), *(tensor for matrix in matrices for tensor in matrix))
     return made
 
 
 class _Products(torch.autograd.Function):
-    """x W' + b for several W and b; keeps x only for weights that learn. Narrow ones are one product."""
+    """x W' + b for several W and b; narrow W are one product. Keeps what x is made of, if a W learns."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, source: Source | None, *given: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = cast(Sequence[Tensor], given[::2]), given[1::2]
         ctx.groups = _groups(weights, biases)
         joined = [_join([weights[i] for i in group], 0) for group in ctx.groups]
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *joined)
+        ctx.make, of = source or (_itself, (x,))
+        ctx.save_for_backward(*joined, *(of if any(ctx.needs_input_grad[2:]) else ()))
         ctx.shape, ctx.sizes = x.shape, [len(weight) for weight in weights]
         found: dict[int, Tensor] = {}
         for group, weight in zip(ctx.groups, joined, strict=True):
@@ -67,21 +70,26 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *joined = ctx.saved_tensors
-        flat = None if x is None else x.reshape(-1, x.shape[-1])  # (T, in)
+        kept = ctx.saved_tensors
+        joined, of = kept[: len(ctx.groups)], kept[len(ctx.groups) :]
+        x = ctx.make(*of).reshape(-1, ctx.shape[-1]) if of else None  # (T, in)
         of_x: Tensor | None = None
         found: dict[int, Tensor] = {}  # by place in what forward was given
         for group, weight in zip(ctx.groups, joined, strict=True):
             g = _join([grads[i].reshape(-1, ctx.sizes[i]) for i in group], 1)  # (T, out)
             if ctx.needs_input_grad[0]:
                 of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
-            if flat is not None and ctx.needs_input_grad[1 + 2 * group[0]]:
-                parts = (g.t() @ flat).split([ctx.sizes[i] for i in group])
-                for i, part in zip(group, parts, strict=True):
-                    found[2 * i] = part
-            if ctx.needs_input_grad[2 + 2 * group[0]]:
+            if x is not None and ctx.needs_input_grad[2 + 2 * group[0]]:
+                parts = (g.t() @ x).split([ctx.sizes[i] for i in group])
+                found |= {2 * i: part for i, part in zip(group, parts, strict=True)}
+            if ctx.needs_input_grad[3 + 2 * group[0]]:
                 found[2 * group[0] + 1] = g.sum(0)
-        return (None if of_x is None else of_x.view(ctx.shape), *(found.get(i) for i in range(2 * len(ctx.sizes))))
+        rest = (found.get(i) for i in range(2 * len(ctx.sizes)))
+        return None if of_x is None else of_x.view(ctx.shape), None, *rest
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _groups(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[list[int]]:

@@ -57,8 +57,9 @@ def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> in
     """Numbers that backward keeps of one token: what each layer's operations save, and the final hidden state."""
     width, inner = config.width, config.mlp_width
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = 2 * width + heads + 2 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
-    mlp = 2 * width + (3 * inner if config.gated else 2 * inner)  # x, norm(x); gate, up, their product
+    normed = 0 if config.norm in ("rms", "rms_plus_one") else width  # made anew of x, as the MLP's product is
+    attention = width + normed + heads + 2 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
+    mlp = width + normed + 2 * inner  # x, norm(x); gate and up, or one of them and its activation
     if gradient_checkpointing:
         return config.layers * width + attention + mlp + 4 * width
     return config.layers * (attention + mlp) + 4 * width

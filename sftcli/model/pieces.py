@@ -10,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Source = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a cheap function, and what it makes a tensor of
+
+
+def made_of(x: Tensor) -> Source | None:
+    """What a product of x may keep instead of x, if a piece of this file has made it: that is kept anyway."""
+    return getattr(x, "made_of", None)
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = x r w with r = 1 / rms(x), rounded as everybody else rounds it; keeps x and r."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, r = _normed(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        r = _inverse_rms(x, eps)
         ctx.save_for_backward(x, r, weight)
-        return y
+        ctx.mark_non_differentiable(r)
+        return _scaled(x, r, weight), r
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """dx = r w g - x r^3 <w g, x> / C;  dw = sum of g x r."""
         x, r, weight = ctx.saved_tensors
         x32, g, width = x.float(), grad.float(), x.shape[-1]
@@ -36,15 +44,20 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
+    weight = weight.float()
     if not torch.is_grad_enabled():
-        return _normed(x, weight.float(), eps)[0]
-    return _RMSNorm.apply(x, weight.float(), eps)
+        return _scaled(x, _inverse_rms(x, eps), weight)
+    y, r = _RMSNorm.apply(x, weight, eps)
+    y.made_of = _scaled, (x, r, weight)
+    return y
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x32 = x.float()
-    r = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x32 * r).mul_(weight).to(x.dtype), r
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _scaled(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() * r).mul_(weight).to(x.dtype)
 
 
 class _Gated(torch.autograd.Function):
@@ -68,9 +81,15 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up (arXiv 2002.05202); `activation` acts on each number and returns a new tensor."""
-    if not torch.is_grad_enabled():
+
+    def make(gate: Tensor, up: Tensor) -> Tensor:
         return activation(gate).mul_(up)
-    return _Gated.apply(gate, up, activation)
+
+    if not torch.is_grad_enabled():
+        return make(gate, up)
+    y = _Gated.apply(gate, up, activation)
+    y.made_of = make, (gate, up)
+    return y
 
 
 class _Turned(torch.autograd.Function):
