@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SAMPLES, chat, run_process, write_lines
+from model_fixtures import model_folder
 
 from sftcli.errors import Exit
 
@@ -89,6 +91,33 @@ def test_a_reader_that_is_gone_ends_any_command_with_141(made):
     for command in ("run --schema", "show {tokens} -n 999", "--help"):
         codes, _, err = shell(f"{SFT} {command.format(**made)} | true")
         assert codes[0] in (141, 0) and "Traceback" not in err and "Exception" not in err  # 0: it was written before
+
+
+def delivered(process, count):
+    """The next `count` lines of a process that waits for input."""
+    seen = b""
+    while seen.count(b"\n") < count:
+        assert select.select([process.stdout], [], [], 60)[0], f"{seen.count(10)} of {count} lines"
+        seen += os.read(process.stdout.fileno(), 1 << 16)
+    return [json.loads(line)["id"] for line in seen.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["tokenize", "mask", "generate"])
+def test_lines_leave_before_the_next_one_comes(made, tmp_path, name):
+    """A pipe that delivers some lines, then a part of one, and waits: all that are whole come out."""
+    model = model_folder(tmp_path / "model", "llama") if name == "generate" else made["base"]
+    lines = [json.dumps(chat("q", "a", id=str(i))).encode() + b"\n" for i in range(8)]
+    if name == "mask":
+        lines = made["tokens"].read_bytes().splitlines(keepends=True)[:8]
+    flags = {"tokenize": ["-m", model], "mask": [], "generate": ["-m", model, "--max-new-tokens", "2"]}[name]
+    command = [sys.executable, "-m", "sftcli", "-q", name, "-", *map(str, flags)]
+    whole, rest = 0, b""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
+        for end in (1, 4, 5, 7):
+            process.stdin.write(rest + b"".join(lines[whole + bool(rest) : end]) + lines[end][:9])
+            assert delivered(process, end - whole) == [json.loads(line)["id"] for line in lines[whole:end]]
+            whole, rest = end, lines[end][9:]
+        process.kill()
 
 
 def test_empty_input_is_no_error_for_filters_and_exit_3_for_train(sft, made, lines, tmp_path):
