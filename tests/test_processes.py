@@ -370,6 +370,13 @@ def parent_of(pid):
         return None
 
 
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.slow
 def test_killed_process_is_named_the_others_end_and_the_run_resumes_bit_for_bit(small):
     whole = begun([*small[:5], "whole", *small[6:], "--nproc", "2"])
@@ -414,6 +421,27 @@ def test_terminated_launcher_leaves_a_checkpoint_of_the_last_step_and_exits_143(
     steps = len(metrics("run"))
     assert said.count(f"stopped after step {steps} of") == 1 and "Traceback" not in said
     assert Path("run/checkpoints", f"step-{steps:06}").is_dir()
+    typed = artifacts.read_json(Path("run/run.json"))["command"]
+    assert typed[1:] == [*small, "--nproc", "2", "--set", "epochs=4000"]
+
+
+@pytest.mark.slow
+def test_second_interrupt_ends_all_processes_at_once_and_the_run_resumes(small):
+    process = begun([*small, "--nproc", "2", "--set", "epochs=4000", "--set", "process_timeout=600"])
+    wait_for_steps(process, 3)
+    workers = children(process)
+    os.kill(workers[1], signal.SIGSTOP)  # so that the first one waits for it
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    assert process.stderr.read().count("error") == 0
+    assert not any(lives(pid) for pid in workers.values())
+    process = begun([*small, "--nproc", "2", "--resume", "--set", "epochs=4000"])
+    wait_for_steps(process, 8)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(25) == 130
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import platform
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from sftcli import artifacts, console, manifest
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
 from sftcli.model import resume
+from sftcli.model.processes import typed
 from sftcli.model.tensorfile import hand_over
 from sftcli.model.training import Report
 from sftcli.stages.training_job import ARRIVING, HOW, Job, best_step
@@ -56,7 +56,7 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> None:
         "id": job.id,
         "sftcli": sftcli.__version__,
         "python": platform.python_version(),
-        "command": sys.argv,
+        "command": typed(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if job.options.adapter:
