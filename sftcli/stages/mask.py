@@ -85,7 +85,7 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
         read = _read(options, source, summary, out.flush if out else lambda: None)
         maker, read = _maker(options, codec, read)
         made = _shown(_counted(_made(options, maker, read, rejects, summary), line), show, codec, line)
-        made = _accounted(made, summary, codec, line, to_columns or to_index)
+        made = _accounted(made, summary, codec, line, to_columns or options.format != "rows")
         if to_index:
             write_indexed(str(output), (pretokenized.neox_document(item.row, item.weights) for item in made))
         elif out is None:
@@ -149,11 +149,11 @@ def _causal(
 
 
 def _accounted(
-    made: Iterator[Made], summary: Summary, codec: Codec | None, line: console.Live, to_columns: bool
+    made: Iterator[Made], summary: Summary, codec: Codec | None, line: console.Live, loses_fields: bool
 ) -> Iterator[Made]:
     """The rows, then the account of them. Raises DataError while the output is still open if none is left."""
     for item in made:
-        if to_columns:
+        if loses_fields:
             summary.lost_fields |= item.extra.keys()
         yield item
     line.clear()
@@ -342,7 +342,8 @@ def _report(summary: Summary, codec: Codec | None) -> None:
     if dropped > MOSTLY_LOST * summary.rows:
         console.warn(f"mask: {dropped / summary.rows:.0%} of the rows were dropped")
     if summary.lost_fields:
-        console.note(f"mask: not kept in safetensors: {', '.join(sorted(summary.lost_fields))}")
+        lost = ", ".join(sorted(summary.lost_fields))
+        console.note(f"mask: not kept: {lost} (rows in JSON lines keep such fields: -o ROWS.jsonl)")
     if summary.weights_lost:
         console.warn(
             f"mask: GPT-NeoX's labels hold no weights: {summary.weights_lost:,} rows are trained in full there"
