@@ -30,7 +30,7 @@ def begin(job: Job, resumed: bool) -> int:
     """Start a run over or go on with it, once nothing speaks against it; returns the steps that are done."""
     recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
     folder = _newest_whole(job, recorded.get("id")) if resumed else None
-    _check_room(job, 1 if folder else 2)
+    _check_room(job, manifest.step_of(folder) if folder else 0)
     step = _go_on(job, folder) if folder else 0
     job.engine.world.meet()  # every process has read what it needs of the run, before the first of them changes it
     if job.engine.world.first:
@@ -64,14 +64,26 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> None:
     artifacts.update_json(job.run / RUN, facts | job.settings)
 
 
-def _check_room(job: Job, copies: int) -> None:
-    """Raise SftError (exit 6) where the disk cannot take a new checkpoint beside the one before it."""
+def _check_room(job: Job, done: int) -> None:
+    """Raise SftError (exit 6) where the disk cannot take the checkpoints that will lie there after step `done`."""
     place = job.run / artifacts.CHECKPOINTS  # maybe a link to another disk
     place = place if place.is_dir() else job.run
+    copies = _checkpoints_to_come(job, done)
     need, free = copies * resume.bytes_of(job.model, job.optimizers), shutil.disk_usage(place).free
     if free < need:
-        told = f"{place}: checkpoints need {need:,} bytes, {free:,} are free"
-        raise SftError(told, Exit.WRITE, hint="make room, or an -o on another disk")
+        kept = f"keep={job.options.keep}, one on its way{', the best' if job.options.patience else ''}"
+        told = f"{place}: {copies} more checkpoints ({kept}) need {need:,} bytes, {free:,} are free"
+        raise SftError(told, Exit.WRITE, hint="make room, a smaller --set keep, or an -o on another disk")
+
+
+def _checkpoints_to_come(job: Job, done: int) -> int:
+    """How many more there will be at a time, at most."""
+    options, plan = job.options, job.plan
+    there = len(manifest.checkpoints(job.run)) if done else 0
+    at_once = options.keep + 1 + bool(options.patience)
+    epoch = round(1 / next(plan.from_step(0))[1])  # steps
+    every = 1 if options.patience else options.checkpoint_every or epoch
+    return min(math.ceil(plan.steps / every) - done // every, max(at_once - there, 1))
 
 
 def _newest_whole(job: Job, own: str | None) -> Path | None:
