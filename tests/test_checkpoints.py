@@ -331,6 +331,30 @@ def test_rows_from_a_pipe_that_differ_are_refused_and_those_of_the_run_are_kept(
     assert again.sha256 == first.sha256 and (run / "rows.safetensors").read_bytes() == kept
 
 
+def test_other_rows_are_trained_from_the_checkpoint_on_where_that_is_allowed(done, tmp_path, capsys):
+    """The steps after it have the rows that they have in a run with the other rows alone."""
+    run, base, first, second = tmp_path / "run", str(done[0]), tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    rows = make_rows([9, 7, 12, 8], prompt=2, tokenizer=tokenizer_hash(done[0]))
+    (
+        write_jsonl(first, rows),
+        write_jsonl(second, [*rows, *make_rows([5, 6, 11], prompt=2, tokenizer=tokenizer_hash(done[0]))]),
+    )
+    options = options_of("batch_rows=2", "checkpoint_every=1", "max_steps=6")
+    train(options, str(second), base, str(tmp_path / "other"))
+    train(options, str(first), base, str(run))
+    shutil.rmtree(run / "model")
+    for step in (5, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06}")
+    with pytest.raises(UsageError) as caught:
+        train(options, str(second), base, str(run), resumed=True)
+    assert "--set allow_data_change=true" in caught.value.hint
+    allowed = options.model_copy(update={"allow_data_change": True})
+    train(allowed, str(second), base, str(run), resumed=True)
+    assert re.search(r"warning: train: the rows changed \(was .*\): the run goes on with them", capsys.readouterr().err)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert [line["rows"] for line in metrics(run)][4:] == [line["rows"] for line in metrics(tmp_path / "other")][4:]
+
+
 def test_the_rows_of_every_step_are_named_in_the_metrics(done, run):
     named = [line["rows"] for line in metrics(run)]
     assert all(re.fullmatch("[0-9a-f]{12}", name) for name in named) and len(set(named)) == len(named)

@@ -23,6 +23,7 @@ from sftcli.model.tensorfile import hand_over
 from sftcli.model.training import Report
 from sftcli.stages.training_job import ARRIVING, HOW, Job, best_step
 
+DATA = ("rows", "weights", "eval_data")  # of the settings
 STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER)  # what a new training run replaces
 
 
@@ -130,15 +131,18 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> None:
     """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run."""
     options = resume.known_options(before["options"])
     before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
-    changed = []
+    changed, hint = [], "start a new run with another -o"
     for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
         if name in ("threads", "processes", "torch", *HOW):
             console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
+        elif name in DATA and job.options.allow_data_change:
+            console.warn(f"train: the {name} changed ({how}): the run goes on with them")
         else:
+            hint += ", or --set allow_data_change=true" if name in DATA else ""
             option = name.removeprefix("options.")
             changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
     if changed:
-        raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint="start a new run with another -o")
+        raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint=hint)
 
 
 def _cut_back(path: Path, step: int) -> None:
