@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT, SAMPLES, chat, run_process, write_lines
-from model_fixtures import model_folder
+from model_fixtures import model_folder, write_turns
 
 from sftcli.errors import Exit
 
@@ -37,7 +37,10 @@ def made(model_folders, tmp_path_factory):
     data = write_lines(folder / "many.jsonl", *[chat(f"question {i}", "an answer " * 30) for i in range(3000)])
     tokens = folder / "tokens.jsonl"
     run_process("tokenize", DATA, "-m", base, "-o", tokens)
-    return {"base": base, "data": DATA, "many": data, "tokens": tokens}
+    prompts, model = write_lines(folder / "prompts.jsonl", {"prompt": "q"}), model_folder(folder / "model", "llama")
+    rows = write_turns(model, folder / "rows.safetensors", [7])
+    places = {"base": base, "data": DATA, "many": data, "tokens": tokens, "model": model}
+    return places | {"prompts": prompts, "rows": rows}
 
 
 @pytest.mark.parametrize("env", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["", "unbuffered"])
@@ -53,6 +56,8 @@ def test_head_gets_the_first_line_and_ends_the_filter_quietly(made, env):
 FILTERS = {
     "tokenize": "tokenize {data} -m {base}",
     "mask": "mask {tokens}",
+    "generate": "generate {prompts} -m {model} --max-new-tokens 2",
+    "evaluate": "evaluate {rows} -m {model} --per-row -",
     "show": "show {tokens}",
     "show of a folder": "show {base}",
     "check": "check {data} -m {base}",
@@ -103,13 +108,12 @@ def delivered(process, count):
 
 
 @pytest.mark.parametrize("name", ["tokenize", "mask", "generate"])
-def test_lines_leave_before_the_next_one_comes(made, tmp_path, name):
+def test_lines_leave_before_the_next_one_comes(made, name):
     """A pipe that delivers some lines, then a part of one, and waits: all that are whole come out."""
-    model = model_folder(tmp_path / "model", "llama") if name == "generate" else made["base"]
     lines = [json.dumps(chat("q", "a", id=str(i))).encode() + b"\n" for i in range(8)]
     if name == "mask":
         lines = made["tokens"].read_bytes().splitlines(keepends=True)[:8]
-    flags = {"tokenize": ["-m", model], "mask": [], "generate": ["-m", model, "--max-new-tokens", "2"]}[name]
+    flags = [] if name == "mask" else ["-m", made["model"]]
     command = [sys.executable, "-m", "sftcli", "-q", name, "-", *map(str, flags)]
     whole, rest = 0, b""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
@@ -122,7 +126,7 @@ def test_lines_leave_before_the_next_one_comes(made, tmp_path, name):
 
 def test_empty_input_is_no_error_for_filters_and_exit_3_for_train(sft, made, lines, tmp_path):
     empty = lines(b"")
-    for command in ("tokenize - -m {base}", "mask -"):
+    for command in ("tokenize - -m {base}", "mask -", "generate - -m {model}"):
         result = sft(*command.format(**made).split())
         assert (result.code, result.out) == (0, b"")
     result = sft("train", empty, "-m", made["base"], "-o", tmp_path / "run")
