@@ -338,6 +338,8 @@ def small(tmp_path, monkeypatch):
     """A base and rows in the working folder, and what `sft train` is given."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     model_folder(tmp_path / "base", "llama", layers=2)
     write_turns(tmp_path / "base", tmp_path / "rows.safetensors", LENGTHS)
     settings = ("batch_rows=3", "sample_rows=0", "checkpoint_every=1", "process_timeout=20", "epochs=40")
@@ -423,6 +425,7 @@ def test_terminated_launcher_leaves_a_checkpoint_of_the_last_step_and_exits_143(
     assert Path("run/checkpoints", f"step-{steps:06}").is_dir()
     typed = artifacts.read_json(Path("run/run.json"))["command"]
     assert typed[1:] == [*small, "--nproc", "2", "--set", "epochs=4000"]
+    assert not [path for path in Path("tmp").iterdir() if not path.name.startswith("torch")]
 
 
 @pytest.mark.slow
@@ -437,7 +440,7 @@ def test_second_interrupt_ends_all_processes_at_once_and_the_run_resumes(small):
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
     assert process.stderr.read().count("error") == 0
-    assert not any(lives(pid) for pid in workers.values())
+    assert not any(lives(pid) for pid in workers.values()) and not list(Path("tmp").glob("sft-*"))
     process = begun([*small, "--nproc", "2", "--resume", "--set", "epochs=4000"])
     wait_for_steps(process, 8)
     process.send_signal(signal.SIGINT)

@@ -6,11 +6,17 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import (
+    DefaultLogsSpecs,
+    RunProcsResult,
+    SignalException,
+    SubprocessContext,
+)
 
 from sftcli.errors import Exit, SftError
 from sftcli.model.processes import SHUTDOWN, TYPED
@@ -29,16 +35,11 @@ def launch(count: int, arguments: Sequence[str], patience: int) -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environments = {rank: _environment(rank, count, store.port, patience) for rank in range(count)}
     command = dict.fromkeys(range(count), ("-m", "sftcli", *arguments))
-    context = SubprocessContext("sft", sys.executable, command, environments, DefaultLogsSpecs())
     logging.disable(logging.ERROR)  # the process that fails has said why
     try:
-        with _signals_raised(context):
-            try:
-                context.start()
-                result = context.wait(period=0.1)
-            except SignalException as stopped:
-                context.close(stopped.sigval, patience)  # for a step and a checkpoint
-                raise SystemExit(exit_code(stopped.sigval)) from None
+        with TemporaryDirectory(prefix="sft-") as logs:
+            context = SubprocessContext("sft", sys.executable, command, environments, DefaultLogsSpecs(logs))
+            result = _watched(context, patience)
     finally:
         logging.disable(logging.NOTSET)
     if result and result.is_failed():
@@ -53,6 +54,16 @@ def _environment(rank: int, count: int, port: int, patience: int) -> dict[str, s
     return told | {TYPED: msgspec.json.encode(sys.argv).decode()} | {name: str(n) for name, n in numbers.items()}
 
 
+def _watched(context: SubprocessContext, patience: int) -> RunProcsResult | None:
+    with _signals_raised(context):
+        try:
+            context.start()
+            return context.wait(period=0.1)
+        except SignalException as stopped:
+            context.close(stopped.sigval, patience)  # for a step and a checkpoint
+            raise SystemExit(exit_code(stopped.sigval)) from None
+
+
 @contextmanager
 def _signals_raised(context: SubprocessContext) -> Iterator[None]:
     """The first signal is raised, for the processes to save a checkpoint; of later ones only a SIGINT counts."""
@@ -63,7 +74,7 @@ def _signals_raised(context: SubprocessContext) -> Iterator[None]:
             for pid in context.pids().values():
                 with suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
-            os._exit(130)
+            raise SystemExit(130)
         received.append(number)
         if len(received) == 1:
             raise SignalException(f"signal {number}", signal.Signals(number))
