@@ -17,7 +17,7 @@ from sftcli.errors import DataError, UsageError
 MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 256
 MAX_RATIO, SMALL = 200, 16 << 20  # more than SMALL bytes may not come out of 1/MAX_RATIO of them: a bomb
-LULL = 0.05  # seconds without a line, after which nobody should hold one back
+SOON = 0.05  # seconds: who waits longer for the next line holds those before it back
 ZSTD_CHUNK = 1 << 10  # of input at a time: up to 32768 times as much comes out of it
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 NOT_BRACKETS, ONE_KIND = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
@@ -131,7 +131,7 @@ class _Pipe(io.RawIOBase):
             return False
         if taken < self.count:
             self.whole = taken + buffer.peek().rfind(b"\n") + 1
-        return taken >= self.whole and not select.select([self], [], [], LULL)[0]
+        return taken >= self.whole and not select.select([self], [], [], SOON)[0]
 
 
 def _decompressed(raw: io.BufferedReader, counted: "_Counted") -> BinaryIO:

@@ -1,4 +1,4 @@
-"""Several processes of `sft` on this machine, started and watched by torch's elastic launcher's own means."""
+"""Several processes of `sft` on this machine: what `torchrun --standalone` does, by torch's own means."""
 
 import logging
 import os

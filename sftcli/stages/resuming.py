@@ -82,8 +82,8 @@ def _checkpoints_to_come(job: Job, done: int) -> int:
     options, plan = job.options, job.plan
     there = len(manifest.checkpoints(job.run)) if done else 0
     at_once = options.keep + 1 + bool(options.patience)
-    epoch = round(1 / next(plan.from_step(0))[1])  # steps
-    every = 1 if options.patience else options.checkpoint_every or epoch
+    of_an_epoch = next(plan.from_step(0), ([], 1.0, True))[1]
+    every = 1 if options.patience else options.checkpoint_every or max(1, round(1 / of_an_epoch))
     return min(math.ceil(plan.steps / every) - done // every, max(at_once - there, 1))
 
 
