@@ -93,7 +93,7 @@ def _refuse_infinite(value: bytes, where: str, name: str) -> None:
 
 def read_objects(path: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw]]]:
     """Yield (file:line, the line, its fields undecoded) of a JSONL file."""
-    for number, line, last in read_lines(path):
+    for number, line, last, _ in read_lines(path):
         where = f"{name_of(path)}:{number}"
         yield where, line, line_fields(line, where, last)
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import re
+import select
 import stat
 import sys
 import zlib
@@ -16,17 +17,22 @@ from sftcli.errors import DataError, UsageError
 MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 256
 MAX_RATIO, SMALL = 200, 16 << 20  # more than SMALL bytes may not come out of 1/MAX_RATIO of them: a bomb
+SOON = 0.05  # seconds: who waits longer for the next line holds those before it back
 ZSTD_CHUNK = 1 << 10  # of input at a time: up to 32768 times as much comes out of it
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 NOT_BRACKETS, ONE_KIND = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
 
 
 class Line(NamedTuple):
-    """A line without its end. `last`: no newline came after it. Of one that is too long, as much as shows that."""
+    """A line without its end. `last`: no newline came after it. Of one that is too long, as much as shows that.
+
+    `pause`: the next line does not come at once, so that what was made of this one should go out.
+    """
 
     number: int  # from 1
     text: bytes
     last: bool
+    pause: bool
 
 
 def name_of(path: str) -> str:
@@ -40,7 +46,7 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     try:
-        yield raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+        yield io.BufferedReader(_Pipe(raw)) if _is_pipe(raw) else raw
     except OSError as error:
         raise UsageError(f"cannot read {name_of(path)}: {error.strerror or error}") from None
     finally:
@@ -69,13 +75,15 @@ def read_lines(path: str) -> Iterator[Line]:
 def _lines(raw: io.BufferedReader) -> Iterator[Line]:
     counted = _Counted(raw)
     file = _decompressed(raw, counted)
+    pipe = raw.raw if file is raw and isinstance(raw.raw, _Pipe) else None
     number = held = 0
     while text := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         whole, held = text.endswith(b"\n"), held + len(text)
         if number == 1:
             text = text.removeprefix(b"\xef\xbb\xbf")
-        yield Line(number, text if len(text) > MAX_LINE_BYTES else text.rstrip(b"\r\n"), not whole)
+        pause = whole and pipe is not None and pipe.pauses(raw, held)
+        yield Line(number, text if len(text) > MAX_LINE_BYTES else text.rstrip(b"\r\n"), not whole, pause)
         while not whole and (text := file.readline(MAX_LINE_BYTES)):  # the rest of a line that is too long
             whole, held = text.endswith(b"\n"), held + len(text)
             counted.refuse_bomb(held)
@@ -89,6 +97,41 @@ def _size_of(raw: IO[bytes]) -> int | None:
     except OSError:
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _is_pipe(raw: IO[bytes]) -> bool:
+    try:
+        mode = os.fstat(raw.fileno()).st_mode
+    except OSError:  # bytes in memory
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+class _Pipe(io.RawIOBase):
+    """A pipe that knows how much came out of it, and so whether its reader's buffer has another line."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file: Any = cast(io.BufferedReader, file).raw
+        self.count = self.whole = 0  # bytes: taken from the pipe; up to where the buffer is known to hold whole lines
+
+    def readable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+    def readinto(self, buffer: Any) -> int | None:
+        size: int | None = self.file.readinto(buffer)
+        self.count += size or 0
+        return size
+
+    def pauses(self, buffer: io.BufferedReader, taken: int) -> bool:
+        """Whether no whole line follows soon on the first `taken` bytes. (Of an empty buffer, peek would wait.)"""
+        if taken < self.whole:
+            return False
+        if taken < self.count:
+            self.whole = taken + buffer.peek().rfind(b"\n") + 1
+        return taken >= self.whole and not select.select([self], [], [], SOON)[0]
 
 
 def _decompressed(raw: io.BufferedReader, counted: "_Counted") -> BinaryIO:

@@ -283,6 +283,7 @@ class Train(Options):
     sample_tokens: Positive = 64
     checkpoint_every: Positive | None = None  # steps; None: at the end of every epoch
     keep: Positive = 2
+    allow_data_change: bool = False  # resumed with other rows: from there on they are trained
     save_dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"  # of the model; base: as it was stored
     shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$")] = "5GB"
 

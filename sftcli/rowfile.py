@@ -15,15 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sftcli.artifacts import CHUNK, atomic_file, cannot_write, no_duplicates
+from sftcli.artifacts import CHUNK, atomic_file, cannot_write
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.rows import FORMAT, PER_TOKEN, Row
+from sftcli.tensorheader import read_header
 
 TYPES = {"I64": ("q", 8), "F64": ("d", 8), "I32": ("i", 4), "U8": ("B", 1)}
 FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F64"}
 STRINGS = ("id", "align", "objective", "tokenizer", "template", "format", "source")
 PER_TOKEN_DEFAULT: dict[str, Any] = {"loss_weight": 1.0, "block_position_ids": 0, "token_type_ids": 0}
-MAX_HEADER = 100_000_000  # bytes, as the library has it
 NONE = -1  # next_sentence_label of a row that has none
 
 
@@ -147,23 +147,13 @@ class RowFile:
         self.path = str(path)
         try:
             with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                if size < 8:
-                    raise CheckpointError(f"{path} is not a safetensors file: {size} bytes")
-                self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+                columns, metadata, begin = read_header(file, path)
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[begin:]
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
-        (length,) = struct.unpack("<Q", self.bytes[:8])
-        if length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{path} is not a safetensors file, or is cut off: header of {length} bytes")
-        try:
-            header = json.loads(bytes(self.bytes[8 : 8 + length]), object_pairs_hook=no_duplicates)
-            self.columns = {name: self._view(8 + length, item) for name, item in header.items() if name[:2] != "__"}
-            known = header.get("__metadata__", {}).get("format")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a damaged header: {error}") from None
+        self.columns = {name: self._view(data, name, said) for name, said in columns.items()}
         missing = {"input_ids", "labels", "offsets", "id", "align"} - set(self.columns)
-        if missing or known != FORMAT:
+        if missing or metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} holds no rows (missing {', '.join(sorted(missing)) or 'format'})")
         self.offsets = self.columns["offsets"]
         self._check_sizes()
@@ -183,13 +173,12 @@ class RowFile:
         if any(start > end for start, end in pairwise(self.offsets.tolist())):
             raise CheckpointError(f"{self.path} is damaged: its offsets do not increase")
 
-    def _view(self, base: int, item: dict[str, Any]) -> memoryview:
-        start, end = item["data_offsets"]
-        code: Any
-        code, width = TYPES[item["dtype"]]
-        if not 0 <= start <= end <= len(self.bytes) - base or (end - start) % width:
-            raise ValueError(f"data_offsets {start}..{end} outside the file")
-        return self.bytes[base + start : base + end].cast(code)
+    def _view(self, data: memoryview, name: str, said: dict[str, Any]) -> memoryview:
+        if said["dtype"] not in TYPES:
+            raise CheckpointError(f"{self.path}: column {name} is stored as {said['dtype']}")
+        start, end = said["data_offsets"]
+        code: Any = TYPES[said["dtype"]][0]
+        return data[start:end].cast(code)
 
     def __len__(self) -> int:
         return max(len(self.offsets) - 1, 0)

@@ -37,7 +37,7 @@ STOPPED = tuple(exit_code(number) for number in (signal.SIGINT, signal.SIGTERM))
 
 
 @contextmanager
-def _handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may ask for signals
         for number in numbers:
@@ -57,7 +57,7 @@ def terminating() -> Iterator[None]:
     def handler(number: int, frame: Any) -> None:
         raise Terminated(number)
 
-    with _handled(TERMINATING, handler):
+    with handled(TERMINATING, handler):
         yield
 
 
@@ -75,5 +75,5 @@ def polled() -> Iterator[Callable[[], None]]:
         if received:
             raise Interrupted(exit_code(received[0]))
 
-    with _handled([signal.SIGINT, *TERMINATING], handler):
+    with handled([signal.SIGINT, *TERMINATING], handler):
         yield poll

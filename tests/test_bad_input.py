@@ -56,6 +56,7 @@ BAD_LINES = {
     "unknown role": (b'{"messages": [{"role": "narrator", "content": "x"}]}\n', "chatml has no role narrator at $.messages[0]"),
     "no known shape": (b'{"q": 1}\n', "no known shape: the line has q"),
     "a huge weight": (b'{"prompt": "x", "completion": "x", "weight": 1e999}\n', "Number out of range at $.weight"),
+    "weights that are huge together": (b'{"input_ids": [5, 6], "loss_mask": [0, 1e200], "weight": 1e200}\n', "the weights of row and tokens are too large together at $.weight"),
     "ids beyond the vocabulary": (b'{"input_ids": [5, 999], "labels": [5, 999]}\n', "id 999 is beyond the vocabulary of 400"),
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from sftcli.model import resume
 from sftcli.model.tensorfile import write_tensors
 from sftcli.recipe import Train
 from sftcli.recipefile import apply_settings, parse
+from sftcli.stages import train as stage
 from sftcli.stages.train import train
 
 LENGTHS = [12, 7, 20, 9, 15, 5, 11, 18, 6, 13]
@@ -330,6 +331,30 @@ def test_rows_from_a_pipe_that_differ_are_refused_and_those_of_the_run_are_kept(
     assert again.sha256 == first.sha256 and (run / "rows.safetensors").read_bytes() == kept
 
 
+def test_other_rows_are_trained_from_the_checkpoint_on_where_that_is_allowed(done, tmp_path, capsys):
+    """The steps after it have the rows that they have in a run with the other rows alone."""
+    run, base, first, second = tmp_path / "run", str(done[0]), tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    rows = make_rows([9, 7, 12, 8], prompt=2, tokenizer=tokenizer_hash(done[0]))
+    (
+        write_jsonl(first, rows),
+        write_jsonl(second, [*rows, *make_rows([5, 6, 11], prompt=2, tokenizer=tokenizer_hash(done[0]))]),
+    )
+    options = options_of("batch_rows=2", "checkpoint_every=1", "max_steps=6")
+    train(options, str(second), base, str(tmp_path / "other"))
+    train(options, str(first), base, str(run))
+    shutil.rmtree(run / "model")
+    for step in (5, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06}")
+    with pytest.raises(UsageError) as caught:
+        train(options, str(second), base, str(run), resumed=True)
+    assert "--set allow_data_change=true" in caught.value.hint
+    allowed = options.model_copy(update={"allow_data_change": True})
+    train(allowed, str(second), base, str(run), resumed=True)
+    assert re.search(r"warning: train: the rows changed \(was .*\): the run goes on with them", capsys.readouterr().err)
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert [line["rows"] for line in metrics(run)][4:] == [line["rows"] for line in metrics(tmp_path / "other")][4:]
+
+
 def test_the_rows_of_every_step_are_named_in_the_metrics(done, run):
     named = [line["rows"] for line in metrics(run)]
     assert all(re.fullmatch("[0-9a-f]{12}", name) for name in named) and len(set(named)) == len(named)
@@ -345,20 +370,44 @@ def test_a_folder_with_nothing_but_leftovers_is_a_new_folder(done, tmp_path):
 # ---- no room
 
 
-def test_too_little_room_is_exit_6_before_the_first_step(done, tmp_path, monkeypatch):
-    size = sum(
-        entry["bytes"] for entry in manifest.manifest_of(done[2] / "checkpoints" / "step-000008")["files"].values()
-    )
+@pytest.mark.parametrize(
+    ("settings", "resumed", "copies"),
+    [
+        (("max_steps=2", "keep=9"), False, 1),  # a checkpoint every two steps
+        (("max_steps=5", "keep=9"), False, 3),
+        (("max_steps=8", "keep=1"), False, 2),
+        (("max_steps=8", "keep=2"), False, 3),
+        (("max_steps=8", "keep=1", "patience=2", "eval_share=0.2"), False, 3),
+        (("keep=1", "checkpoint_every=null", "epochs=4"), False, 2),  # one an epoch
+        (("keep=9", "checkpoint_every=null", "epochs=1.5"), False, 2),
+        (("keep=3",), True, 2),  # after steps 6 and 8; that of step 4 is there
+        (("keep=1",), True, 1),
+    ],
+)
+def test_too_little_room_for_what_will_be_kept_is_exit_6_before_the_first_step(
+    done, run, tmp_path, monkeypatch, settings, resumed, copies
+):
+    class Begun(Exception):
+        pass
+
+    def announce(*args):
+        raise Begun
+
+    folder = run if resumed else tmp_path / "new"
+    for step in (6, 8):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06}")
+    monkeypatch.setattr(stage, "_announce", announce)
+    size = sum(entry["bytes"] for entry in manifest.manifest_of(done[2] / "checkpoints" / "step-000008")["files"].values())  # fmt: skip
     usage = shutil.disk_usage(tmp_path)
-    for free, code in ((2.2 * size, None), (1.8 * size, Exit.WRITE)):
-        run = tmp_path / f"run-{free:.0f}"
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=int(free)))
-        if code is None:
-            train(options_of("max_steps=2"), done[1], str(done[0]), str(run))
-            continue
-        with pytest.raises(SftError, match=r"checkpoints need [\d,]+ bytes, [\d,]+ are free") as caught:
-            train(options_of("max_steps=2"), done[1], str(done[0]), str(run))
-        assert caught.value.code == code and not (run / "metrics.jsonl").exists()
+    for free, raised in ((copies - 0.2, SftError), (copies + 0.2, Begun)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=int(free * size)))
+        with pytest.raises(raised) as caught:
+            train(options_of(*settings), done[1], str(done[0]), str(folder), resumed)
+        if raised is SftError:
+            assert re.search(
+                rf": {copies} more checkpoints \(keep=.*need [\d,]+ bytes, [\d,]+ are free", str(caught.value)
+            )
+            assert caught.value.code == Exit.WRITE and not (tmp_path / "new" / "metrics.jsonl").exists()
 
 
 def command_of(done, run):

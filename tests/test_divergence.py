@@ -23,6 +23,7 @@ from test_training import LENGTHS, options_of, same_weights, save_rows, steps_of
 from sftcli.errors import Exit, SftError
 from sftcli.model import optim, training
 from sftcli.model.training import Plan, Report, train_steps
+from sftcli.rowfile import write_rows
 from sftcli.rows import read_rows_jsonl
 from sftcli.stages.divergence import Spikes
 from sftcli.stages.train import train
@@ -41,7 +42,19 @@ def rows(tmp_path, base):
 
 
 def poison(id="poison"):
-    return make_row(random_ids(5, 9), id=id, loss_weight=[INF] * 5)
+    return make_row(random_ids(5, 9), id=id, loss_weight=[1e300] * 5)
+
+
+@pytest.mark.parametrize("weight", [INF, NAN, -1.0])
+@pytest.mark.parametrize("place", ["rows", "eval_data"])
+def test_a_weight_that_no_row_may_have_is_refused_before_the_first_step(sft, base, rows, tmp_path, weight, place):
+    """Of JSON lines the reader refuses it; a column of safetensors can hold it."""
+    odd = tmp_path / "odd.safetensors"
+    write_rows(odd, iter([make_row(random_ids(5, 1), id="good"), make_row(random_ids(5, 9), id="bad", loss_weight=[1.0, 2.0, weight, 1.0, 1.0])]))  # fmt: skip
+    given = [odd] if place == "rows" else [rows, "--eval-data", odd]
+    result = sft("train", *given, "-m", base, "-o", tmp_path / "run")
+    assert result.code == 3 and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert "row 'bad'" in result.err and "a weight is negative or not finite at $.loss_weight" in result.err
 
 
 def poisoned(monkeypatch, *steps):

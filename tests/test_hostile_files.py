@@ -6,6 +6,8 @@ import struct
 import time
 
 import pytest
+import safetensors.torch
+import torch
 from conftest import write_lines
 from model_fixtures import model_folder
 
@@ -14,6 +16,7 @@ from sftcli.errors import CheckpointError
 from sftcli.model.checkpoint import open_folder
 from sftcli.model.tensorfile import INDEX, WEIGHTS
 from sftcli.stages.common import codec_for, template_for
+from sftcli.tensorheader import read_header
 
 
 @pytest.fixture
@@ -100,6 +103,15 @@ def test_a_header_that_is_too_long_or_missing_is_refused(sft, folder, prompts, l
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", length) + rest)
     refused(sft, folder, prompts, WEIGHTS)
     assert verdicts(sft("check", folder))[WEIGHTS] == "UNSAFE"
+
+
+@pytest.mark.parametrize("dtype", safetensors.torch._SIZE, ids=str)
+def test_a_header_of_any_type_that_the_library_writes_is_read(tmp_path, dtype):
+    path = tmp_path / "t.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(16, dtype=torch.uint8).view(dtype)}, path, {"made": "here"})
+    with open(path, "rb") as file:
+        tensors, metadata, begin = read_header(file, path)
+    assert list(tensors) == ["a"] and metadata == {"made": "here"} and begin == path.stat().st_size - 16
 
 
 def test_a_hole_and_bytes_behind_the_end_are_refused(sft, folder, prompts):

@@ -25,6 +25,7 @@ LEVELS = [
     "artifacts",
     "manifest",
     "rows",
+    "tensorheader",
     "rowfile",
     "indexedfile",
     "console",

@@ -486,10 +486,15 @@ def test_source_and_id_reach_the_rows(sft, lines, base):
     assert (row["id"], row["source"]) == ("x", "web")
 
 
-def test_fields_that_safetensors_cannot_hold_are_named_once(sft, lines, base, tmp_path):
+def test_fields_that_only_json_lines_of_rows_can_hold_are_named_once(sft, lines, base, tmp_path):
     tokens = sft("tokenize", lines(*[chat("q", "a", topic="x", score=1)] * 3), "-m", base)
-    err = sft("mask", "-o", tmp_path / "rows.safetensors", stdin=tokens.out).err
-    assert err.count("mask: not kept in safetensors: score, topic") == 1
+    for flags in (
+        ["-o", "rows.safetensors"],
+        ["-o", "rows.bin", "--format", "neox"],
+        ["-o", "hf.jsonl", "--format", "hf"],
+    ):
+        err = sft("mask", "-o", tmp_path / flags[1], *flags[2:], stdin=tokens.out).err
+        assert err.count("mask: not kept: score, topic (rows in JSON lines keep such fields: -o ROWS.jsonl)") == 1
     assert "not kept" not in sft("mask", "-o", tmp_path / "rows.jsonl", stdin=tokens.out).err
 
 

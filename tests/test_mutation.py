@@ -8,18 +8,20 @@ import struct
 import time
 
 import pytest
+import safetensors
 from chat_families import BY_NAME
 from conftest import SAMPLES, run_in_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_fixtures import model_folder
 
-from sftcli.errors import SftError
+from sftcli.errors import CheckpointError, SftError
 from sftcli.model.checkpoint import open_folder
 from sftcli.model.tensorfile import INDEX, WEIGHTS, weight_files
 from sftcli.recipefile import load_recipe
 from sftcli.rowfile import RowFile
 from sftcli.stages.check_folder import check_folder
+from sftcli.tensorheader import read_header
 from sftcli.text.template import BUILT_IN, Template
 
 SLOWEST = 5.0  # seconds of a case
@@ -94,6 +96,22 @@ def test_damaged_templates_render_or_say_why_not(examples):
     tried(damaged(SOURCES, JINJA), examples, work)
 
 
+def taken_by_us(path):
+    try:
+        with open(path, "rb") as file:
+            return set(read_header(file, path)[0])
+    except CheckpointError:
+        return set()
+
+
+def taken_by_the_library(path):
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except safetensors.SafetensorError:
+        return set()
+
+
 @cases(60, 3000)
 def test_damaged_headers_and_indexes_are_refused_or_whole(tmp_path, examples, capsys):
     folder = model_folder(tmp_path / "m", "llama")
@@ -118,6 +136,8 @@ def test_damaged_headers_and_indexes_are_refused_or_whole(tmp_path, examples, ca
             (folder / WEIGHTS).write_bytes(struct.pack("<Q", size) + text + whole[8 + length :])
         else:
             (folder / WEIGHTS).write_bytes(whole)
+        if kind == "header":
+            assert taken_by_us(folder / WEIGHTS) <= taken_by_the_library(folder / WEIGHTS)
         check_folder(str(folder))
         capsys.readouterr()
         open_folder(folder)

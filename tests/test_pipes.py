@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SAMPLES, chat, run_process, write_lines
+from model_fixtures import model_folder, write_turns
 
 from sftcli.errors import Exit
 
@@ -35,7 +37,10 @@ def made(model_folders, tmp_path_factory):
     data = write_lines(folder / "many.jsonl", *[chat(f"question {i}", "an answer " * 30) for i in range(3000)])
     tokens = folder / "tokens.jsonl"
     run_process("tokenize", DATA, "-m", base, "-o", tokens)
-    return {"base": base, "data": DATA, "many": data, "tokens": tokens}
+    prompts, model = write_lines(folder / "prompts.jsonl", {"prompt": "q"}), model_folder(folder / "model", "llama")
+    rows = write_turns(model, folder / "rows.safetensors", [7])
+    places = {"base": base, "data": DATA, "many": data, "tokens": tokens, "model": model}
+    return places | {"prompts": prompts, "rows": rows}
 
 
 @pytest.mark.parametrize("env", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["", "unbuffered"])
@@ -51,6 +56,8 @@ def test_head_gets_the_first_line_and_ends_the_filter_quietly(made, env):
 FILTERS = {
     "tokenize": "tokenize {data} -m {base}",
     "mask": "mask {tokens}",
+    "generate": "generate {prompts} -m {model} --max-new-tokens 2",
+    "evaluate": "evaluate {rows} -m {model} --per-row -",
     "show": "show {tokens}",
     "show of a folder": "show {base}",
     "check": "check {data} -m {base}",
@@ -91,9 +98,35 @@ def test_a_reader_that_is_gone_ends_any_command_with_141(made):
         assert codes[0] in (141, 0) and "Traceback" not in err and "Exception" not in err  # 0: it was written before
 
 
+def delivered(process, count):
+    """The next `count` lines of a process that waits for input."""
+    seen = b""
+    while seen.count(b"\n") < count:
+        assert select.select([process.stdout], [], [], 60)[0], f"{seen.count(10)} of {count} lines"
+        seen += os.read(process.stdout.fileno(), 1 << 16)
+    return [json.loads(line)["id"] for line in seen.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["tokenize", "mask", "generate"])
+def test_lines_leave_before_the_next_one_comes(made, name):
+    """A pipe that delivers some lines, then a part of one, and waits: all that are whole come out."""
+    lines = [json.dumps(chat("q", "a", id=str(i))).encode() + b"\n" for i in range(8)]
+    if name == "mask":
+        lines = made["tokens"].read_bytes().splitlines(keepends=True)[:8]
+    flags = [] if name == "mask" else ["-m", made["model"]]
+    command = [sys.executable, "-m", "sftcli", "-q", name, "-", *map(str, flags)]
+    whole, rest = 0, b""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as process:
+        for end in (1, 4, 5, 7):
+            process.stdin.write(rest + b"".join(lines[whole + bool(rest) : end]) + lines[end][:9])
+            assert delivered(process, end - whole) == [json.loads(line)["id"] for line in lines[whole:end]]
+            whole, rest = end, lines[end][9:]
+        process.kill()
+
+
 def test_empty_input_is_no_error_for_filters_and_exit_3_for_train(sft, made, lines, tmp_path):
     empty = lines(b"")
-    for command in ("tokenize - -m {base}", "mask -"):
+    for command in ("tokenize - -m {base}", "mask -", "generate - -m {model}"):
         result = sft(*command.format(**made).split())
         assert (result.code, result.out) == (0, b"")
     result = sft("train", empty, "-m", made["base"], "-o", tmp_path / "run")

@@ -338,6 +338,8 @@ def small(tmp_path, monkeypatch):
     """A base and rows in the working folder, and what `sft train` is given."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     model_folder(tmp_path / "base", "llama", layers=2)
     write_turns(tmp_path / "base", tmp_path / "rows.safetensors", LENGTHS)
     settings = ("batch_rows=3", "sample_rows=0", "checkpoint_every=1", "process_timeout=20", "epochs=40")
@@ -368,6 +370,13 @@ def parent_of(pid):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.slow
@@ -414,6 +423,28 @@ def test_terminated_launcher_leaves_a_checkpoint_of_the_last_step_and_exits_143(
     steps = len(metrics("run"))
     assert said.count(f"stopped after step {steps} of") == 1 and "Traceback" not in said
     assert Path("run/checkpoints", f"step-{steps:06}").is_dir()
+    typed = artifacts.read_json(Path("run/run.json"))["command"]
+    assert typed[1:] == [*small, "--nproc", "2", "--set", "epochs=4000"]
+    assert not [path for path in Path("tmp").iterdir() if not path.name.startswith("torch")]
+
+
+@pytest.mark.slow
+def test_second_interrupt_ends_all_processes_at_once_and_the_run_resumes(small):
+    process = begun([*small, "--nproc", "2", "--set", "epochs=4000", "--set", "process_timeout=600"])
+    wait_for_steps(process, 3)
+    workers = children(process)
+    os.kill(workers[1], signal.SIGSTOP)  # so that the first one waits for it
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    assert process.stderr.read().count("error") == 0
+    assert not any(lives(pid) for pid in workers.values()) and not list(Path("tmp").glob("sft-*"))
+    process = begun([*small, "--nproc", "2", "--resume", "--set", "epochs=4000"])
+    wait_for_steps(process, 8)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(25) == 130
 
 
 @pytest.mark.slow

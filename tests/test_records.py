@@ -180,6 +180,10 @@ WRONG = [
     ),
     ({"messages": [USER], "tools": {}}, "Expected `array | null`, got `object` at $.tools"),
     ({"messages": [USER], "id": [1]}, "got `array` at $.id"),
+    (
+        {"messages": [{**USER, "weight": 1e200}], "weight": 1e200},
+        "the weights of record and message are too large together at $.weight",
+    ),
     ({"messages": [USER], "weight": "heavy"}, "Expected `float`, got `str` at $.weight"),
     ({"messages": [USER], "source": 3}, "Expected `str | null`, got `int` at $.source"),
     ({"conversations": [{"from": "human"}]}, "expected from and value at $.conversations[0]"),

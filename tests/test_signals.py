@@ -190,6 +190,29 @@ def test_a_second_interrupt_ends_a_run_at_once_and_a_second_termination_does_not
         assert [int(folder.name[5:]) for folder in manifest.checkpoints(run)] == steps
 
 
+@pytest.mark.parametrize(
+    ("within", "told"),
+    [
+        ({}, None),
+        ({"alone": 0}, "needs more than 0 s to end"),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0"}, "that comes after 0 s; --set process_timeout"),
+    ],
+)
+def test_a_step_and_a_checkpoint_that_take_too_long_to_follow_a_signal_are_told_once(
+    whole, tmp_path, sft, monkeypatch, within, told
+):
+    base, rows, _ = whole
+    within = dict(within)
+    monkeypatch.setattr(stage, "ENDS_WITHIN", within.pop("alone", stage.ENDS_WITHIN))
+    for name, value in within.items():
+        monkeypatch.setenv(name, value)
+    done = sft(*command(rows, base, tmp_path / "run"), "--set", "checkpoint_every=1")
+    assert done.code == 0, done.err
+    warned = [line for line in done.err.splitlines() if "a step takes" in line]
+    assert len(warned) == (told is not None) and all(told in line for line in warned)
+
+
 def test_a_signal_that_is_ignored_from_outside_stays_ignored(whole, tmp_path):
     base, rows, expected = whole
 

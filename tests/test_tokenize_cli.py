@@ -2,13 +2,9 @@
 
 import json
 import os
-import select
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import ROOT, chat
+from conftest import chat
 
 from sftcli.stages import tokenize as stage
 
@@ -55,26 +51,6 @@ def test_what_the_library_reads_of_the_environment_is_put_back(sft, lines, base,
         assert sft("tokenize", lines(chat("q", "a")), "-m", base).code == 0
         assert sft("tokenize", lines(b"nonsense\n"), "-m", base).code == 3
         assert os.environ.get(stage.LIBRARY_THREADS) == before
-
-
-def test_a_line_leaves_before_the_next_one_comes(base):
-    """A pipe that delivers a line now and then: each is answered while the input is still open."""
-    command = [sys.executable, "-m", "sftcli", "tokenize", "-", "-m", str(base)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
-    ) as process:
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(chat("q", "first", id="0")).encode() + b"\n")
-        process.stdin.flush()
-        for i in range(1, 4):
-            time.sleep(5 * stage.LULL)
-            process.stdin.write(json.dumps(chat("q", "a", id=str(i))).encode() + b"\n")
-            process.stdin.flush()
-        seen = b""
-        while seen.count(b"\n") < 4 and select.select([process.stdout], [], [], 20)[0]:
-            seen += os.read(process.stdout.fileno(), 1 << 16)
-        process.stdin.close()
-    assert [json.loads(line)["id"] for line in seen.splitlines()] == ["0", "1", "2", "3"]
 
 
 def test_nothing_tokenised_is_an_error(sft, lines, base, tmp_path):

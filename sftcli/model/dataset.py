@@ -1,5 +1,6 @@
 """Rows on disk as a model is to see them: checked against it, split, and what ends their turns."""
 
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -12,13 +13,14 @@ from sftcli.rowfile import NONE, RowFile, is_row_file
 from sftcli.rows import IGNORE, Row, read_rows_jsonl
 
 POSITIONS = {"position_ids", "block_position_ids"}
+WEIGHT = "a weight is negative or not finite"
 HELD_OUT_EPOCH = (1 << 20) - 1  # the shuffle that picks held-out rows: no epoch of a run
 
 
 def column(rows: RowFile, name: str) -> Tensor:
     """A column of a row file as a tensor over the same memory (not to be written to)."""
     view = rows.columns[name]
-    kind = {"q": torch.int64, "i": torch.int32, "f": torch.float32, "B": torch.uint8}[view.format]
+    kind = {"q": torch.int64, "i": torch.int32, "d": torch.float64, "B": torch.uint8}[view.format]
     return torch.frombuffer(view, dtype=kind) if len(view) else torch.empty(0, dtype=kind)
 
 
@@ -59,6 +61,11 @@ def check_rows(rows: RowFile, config: GPTConfig, where: str) -> None:
         if name in rows.columns and bool(((values := column(rows, name)) < least).any() or (values > most).any()):
             for row in rows:  # one of them
                 check_halves(row, config, where)
+    if "loss_weight" in rows.columns:
+        weights = column(rows, "loss_weight")
+        if (found := (~weights.isfinite() | (weights < 0)).nonzero()).numel():
+            i = int((offsets <= int(found[0])).sum()) - 1
+            raise DataError(f"row {rows[i].id!r} (number {i + 1}): {WEIGHT}", where, "$.loss_weight")
     if not any(weight_of([row]) for row in rows):
         raise DataError("no token of any row is trained", where)
 
@@ -111,6 +118,8 @@ def fitting_rows(path: str, config: GPTConfig, tokenizer: str) -> Iterator[Row]:
         for name in POSITIONS:
             if any(not 0 <= value < config.context for value in getattr(row, name) or ()):
                 raise DataError(f"row {row.id!r}: {_off(config)}", where, f"$.{name}")
+        if any(not 0 <= weight < math.inf for weight in row.loss_weight or ()):
+            raise DataError(f"row {row.id!r}: {WEIGHT}", where, "$.loss_weight")
         check_halves(row, config, where)
         _refuse_lacking(row, config, where)
         yield row

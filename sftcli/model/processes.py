@@ -8,6 +8,7 @@ itself. Only process 0 talks and writes.
 import gc
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,8 @@ from sftcli.signals import STOPPED, Interrupted, Terminated
 SETTLED = 0.1  # in which gloo's threads free their last tensors: later, Python being torn down, they would abort it
 ROLL_CALL = 3.0  # seconds that a process has to say that it is there
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")  # in the words of backends
+TYPED = "SFT_COMMAND"  # in the environment of what --nproc starts
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's: seconds from a signal to SIGKILL, 30 where it does not say
 PATIENCE = math.inf  # seconds: for what only process 0 does; if it dies, the store or the launcher tells
 
 
@@ -206,6 +209,17 @@ class World:
 def is_worker() -> bool:
     """Whether this process is one of several already."""
     return "WORLD_SIZE" in os.environ
+
+
+def grace() -> int | None:
+    """Seconds from a signal to SIGKILL, where a launcher started this process."""
+    return int(os.environ.get(SHUTDOWN, "30")) if is_worker() else None
+
+
+def typed() -> list[str]:
+    """The command as the user gave it."""
+    told = os.environ.get(TYPED)
+    return msgspec.json.decode(told, type=list[str]) if told else sys.argv
 
 
 @contextmanager

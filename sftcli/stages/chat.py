@@ -317,7 +317,7 @@ def _shown(text: str) -> str:
 
 def _in_a_pipe(talk: Chat) -> None:
     """A line of stdin is a question or a command; a line of stdout is an answer, its line ends written as \\n."""
-    for number, line, _ in read_lines("-"):
+    for number, line, *_ in read_lines("-"):
         try:
             answer = talk.respond(line.decode().strip())
             if answer is None:

@@ -59,7 +59,7 @@ def _examine(
 ) -> Findings:
     found = Findings()
     batch: list[tuple[str, Conversation, list[Rendered], Rendered]] = []
-    for where, _, fields in read_lines_of(options.data):
+    for where, _, fields, _ in read_lines_of(options.data):
         found.rows += 1
         try:
             if isinstance(fields, DataError):

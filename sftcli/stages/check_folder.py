@@ -1,23 +1,18 @@
 """sft check FOLDER: what the files of a model folder are and what they may do, without loading any of them."""
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from sftcli import artifacts, console
-from sftcli.artifacts import no_duplicates
 from sftcli.errors import CheckpointError, SftError
-from sftcli.rowfile import MAX_HEADER
+from sftcli.tensorheader import read_header
 from sftcli.text.folder import folder_template, load_codec
 from sftcli.text.template import Template
 
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 CODE = (".dll", ".dylib", ".py", ".pyc", ".sh", ".so")
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
-WIDTHS |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 MARKS = {True: ("ok", "green"), False: ("UNSAFE", "bold red"), None: ("note", "yellow")}
 
 Verdict = tuple[bool | None, str]  # safe, unsafe or unused; what there is to say
@@ -88,32 +83,6 @@ def _template(source: str | None, file: Path) -> Verdict:
 
 
 def _safetensors(file: Path) -> Verdict:
-    """Whether header and file agree: every byte belongs to one tensor whose shape and type need just so many."""
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(size - 8, MAX_HEADER):
-                return False, f"damaged: a header of {length:,} bytes"
-            header = json.loads(opened.read(length), object_pairs_hook=no_duplicates)
-        tensors = {name: said for name, said in header.items() if name != "__metadata__"}
-        end = 0
-        for name, said in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = said["data_offsets"]
-            if start != end or stop - start != _bytes_of(said):
-                return False, f"damaged: tensor {name} does not lie where it should"
-            end = stop
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return False, f"damaged header: {error}"
-    if end != size - 8 - length:
-        return False, f"damaged: {size - 8 - length - end:,} bytes belong to no tensor"
+    with open(file, "rb") as opened:
+        tensors, _, _ = read_header(opened, file)
     return True, f"{len(tensors):,} tensors of {', '.join(sorted({said['dtype'] for said in tensors.values()})) or '-'}"
-
-
-def _bytes_of(said: dict[str, Any]) -> int:
-    count = WIDTHS[said["dtype"]]
-    for size in said["shape"]:
-        if type(size) is not int or size < 0:
-            raise ValueError(f"a shape of {said['shape']}")
-        count *= size
-    return count

@@ -19,6 +19,9 @@ from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec, Encoded
 
 SHOWN_REJECTS = 10
+LULL = 0.1  # seconds: a row that has waited so long for others goes on without them
+
+Input = tuple[str, bytes, dict[str, msgspec.Raw] | DataError, bool]
 
 
 def codec_for(model: str | None, tokenizer: str | None, in_content: InContent = "escape") -> Codec:
@@ -79,17 +82,18 @@ def keep_for_later(codec: Codec, template: Template | None) -> None:
         remember(f"{template.hash}.jinja", template.source.encode())
 
 
-def read_lines_of(paths: Sequence[str]) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | DataError]]:
-    """(file:line, line, its fields) of several JSONL inputs; a line that is not an object comes as its error."""
+def read_lines_of(paths: Sequence[str]) -> Iterator[Input]:
+    """(file:line, line, its fields, whether the input pauses after it) of several JSONL inputs; a line that is not an
+    object comes as its error."""
     for path in paths:
-        for number, line, last in read_lines(path):
+        for number, line, last, pause in read_lines(path):
             where = f"{name_of(path)}:{number}"
             try:
-                yield where, line, line_fields(line, where, last)
+                yield where, line, line_fields(line, where, last), pause
             except PreviousStageFailed:
                 raise
             except DataError as error:
-                yield where, line, error
+                yield where, line, error, pause
 
 
 def encode_lines(

@@ -1,8 +1,9 @@
 """sft generate: prompts -> completions, in input order, as soon as order allows."""
 
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sftcli.model.layout import laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
-from sftcli.stages.common import codec_for, encode_lines, read_lines_of, report_controls, template_for
+from sftcli.stages.common import LULL, codec_for, encode_lines, read_lines_of, report_controls, template_for
 from sftcli.text import pretokenized
 from sftcli.text.folder import folder_template, stop_ids
 from sftcli.text.objectives.blank_infilling import Filler, filler_of
@@ -33,7 +34,7 @@ from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
-READ_AHEAD = 256  # prompts encoded in one call of the library
+READ_AHEAD = 256  # prompts encoded in one call of the library, where so many come at once
 Filling = Filler | Cloze  # GLM's blanks, BERT's masks
 NONE = "none"  # --adapter none: the base alone
 
@@ -57,6 +58,10 @@ class _Record:
     reference: str | None
     key: str  # of its random stream
     text: Rendered | list[int]
+    pause: bool = False  # the next line does not come at once
+
+
+_Batch = tuple[list[_Record], bool]  # records that come together, and whether the input pauses after them
 
 
 @dataclass
@@ -88,13 +93,21 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     summary = Summary()
     speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
     records = _records(options, source, speaker, template.wanted, summary, filler)
-    failed: list[SftError] = []
-    prompts = _until_error(_prompts(records, codec, vocabulary, options.n, asked, filler), failed)
-    first = list(islice(prompts, options.batch_size))
+    unread: list[SftError] = []
+    failed: list[SftError] = []  # of lines before the one that could not be read
+    batches = _batches(_until_error(records, unread))
+    groups = _groups(batches, lambda part: _prompts(part, codec, vocabulary, options.n, asked, filler), failed)
+    first, groups = _first_batch(groups, options.batch_size)
     if show_batch:
         _show_table(first, options, adapters[0][1])
     rows = 1 if options.deterministic else max(len(first), 1)
-    waiting = [*first, *prompts] if len(adapters) > 1 else chain(first, prompts)  # a list can be asked again
+    waiting = [list(chain.from_iterable(groups))] if len(adapters) > 1 else groups  # a list can be asked again
+
+    def answers(prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        if cloze:
+            return fill(network, prompts, options, cloze.marks.mask)
+        return in_order(generate(network, prompts, options, stops, _text_stops(codec, texts)))
+
     with open_output(output) as out, console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
         for name, adapter in adapters:
@@ -103,17 +116,13 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
                 apply(network, adapter)  # for good: what would undo it keeps the weights
             with applied(network, None if options.quantize else adapter):
                 laid_out(network, rows, options.quantize)
-                if cloze:
-                    answers = fill(network, waiting, options, cloze.marks.mask)
-                else:
-                    answers = in_order(generate(network, waiting, options, stops, _text_stops(codec, texts)))
-                for done in answers:
+                for done in chain.from_iterable(map(answers, waiting)):
                     out.write(_line(asking.popleft(), done, codec, texts, options, name, cloze))
                     out.flush()
                     _count(done, summary)
                     counter.add(1)
-        if failed:
-            raise failed[0]
+        for error in failed + unread:
+            raise error
     _report(summary, cloze)
     report_controls("generate", codec)
     return summary
@@ -183,30 +192,55 @@ def _text_stops(codec: Codec, texts: list[str]) -> TextStops | None:
     return found
 
 
-def _until_error(prompts: Iterator[Prompt], failed: list[SftError]) -> Iterator[Prompt]:
-    """Prompts up to the first bad line; its error is kept until the rows before it are answered."""
+def _until_error(items: Iterator[Any], failed: list[SftError]) -> Iterator[Any]:
+    """Records or prompts up to the first bad line; its error is kept until the rows before it are answered."""
     try:
-        yield from prompts
+        yield from items
     except SftError as error:
         failed.append(error)
 
 
-def _prompts(
-    records: Iterator[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filling | None
-) -> Iterator[Prompt]:
-    """Encode prompts a batch ahead of the model; before a bad line, the good ones that came with it."""
-    while True:
-        batch: list[_Record] = []
-        failed: SftError | None = None
-        try:
-            for record in islice(records, READ_AHEAD):
-                batch.append(record)
-        except SftError as error:
-            failed = error
-        yield from _encoded(batch, codec, vocabulary, n, asked, filler)
+def _batches(records: Iterator[_Record]) -> Iterator[_Batch]:
+    batch: list[_Record] = []
+    begun = time.monotonic()
+    for record in records:
+        batch.append(record)
+        if len(batch) == READ_AHEAD or record.pause or time.monotonic() - begun > LULL:
+            yield batch, record.pause
+            batch, begun = [], time.monotonic()
+    if batch:
+        yield batch, False
+
+
+def _groups(
+    batches: Iterator[_Batch], prompts_of: Callable[[Iterator[_Batch]], Iterator[Prompt]], failed: list[SftError]
+) -> Iterator[Iterator[Prompt]]:
+    """The prompts between two pauses of the input: they are answered before the next line is read."""
+    for batch in batches:
+        yield _until_error(prompts_of(chain([batch], batches)), failed)
         if failed:
-            raise failed
-        if len(batch) < READ_AHEAD:
+            return
+
+
+def _first_batch(groups: Iterator[Iterator[Prompt]], size: int) -> tuple[list[Prompt], Iterator[Iterator[Prompt]]]:
+    """The first prompts, `size` at the most, and all groups with them."""
+    group = next(groups, iter(()))
+    first = list(islice(group, size))
+    return first, chain([chain(first, group)], groups)
+
+
+def _prompts(
+    batches: Iterator[_Batch],
+    codec: Codec,
+    vocabulary: int,
+    n: int,
+    asked: deque[_Asked],
+    filler: Filling | None,
+) -> Iterator[Prompt]:
+    """Encode prompts a batch ahead of the model, up to a pause of the input."""
+    for batch, pause in batches:
+        yield from _encoded(batch, codec, vocabulary, n, asked, filler)
+        if pause:
             return
 
 
@@ -219,12 +253,12 @@ def _records(
     filler: Filling | None,
 ) -> Iterator[_Record]:
     """Read and render the lines of the input."""
-    for where, line, fields in read_lines_of([source]):
+    for where, line, fields, pause in read_lines_of([source]):
         if isinstance(fields, DataError):
             raise fields
         summary.prompts += 1
         try:
-            yield _record(line, fields, where, options, speaker, wanted, summary.prompts, filler)
+            yield replace(_record(line, fields, where, options, speaker, wanted, summary.prompts, filler), pause=pause)
         except DataError as error:
             raise error.located(where) from None
 
@@ -292,10 +326,9 @@ def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
 
 def _show_table(first: Sequence[Prompt], options: Generate, adapter: Adapter | None) -> None:
     """Print the first batch as the decoder lays it out: ids, mask and positions."""
-    if not first:
-        return
+    rows = [Grown(prompt.ids, prompt.blanks) for prompt in first]
     before = adapter.options.length if isinstance(adapter, PrefixAdapter) else 0
-    for name, table in _tables([Grown(prompt.ids, prompt.blanks) for prompt in first], options.pad_side, before):
+    for name, table in _tables(rows, options.pad_side, before) if rows else ():
         console.note(f"{name} ({options.pad_side}-padded):")
         for row in table:
             console.note("  " + " ".join(map(str, row)))
@@ -349,7 +382,7 @@ def _count(done: Completion, summary: Summary) -> None:
     summary.tokens += len(done.ids)
     summary.stopped += done.finish_reason == "stop"
     if done.context_full and not summary.context_full:
-        console.note(f"generate: completion {done.number + 1} filled the model's context and was ended there")
+        console.note(f"generate: completion {summary.completions} filled the model's context and was ended there")
     summary.context_full += done.context_full
 
 

@@ -50,7 +50,7 @@ def init(options: Init, output: str) -> None:
 def _texts(options: Init, template: Template, controls: list[str]) -> Iterator[str]:
     """The data as the template writes it, without the control tokens (they are tokens of their own)."""
     rows = 0
-    for where, _, fields in read_lines_of(options.data):
+    for where, _, fields, _ in read_lines_of(options.data):
         if isinstance(fields, DataError):
             raise fields
         rows += 1

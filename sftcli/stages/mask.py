@@ -1,6 +1,7 @@
 """sft mask: documents -> rows; which tokens are trained."""
 
 import hashlib
+import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from sftcli.indexedfile import indexed_lines, is_indexed, write_indexed
 from sftcli.recipe import BlankInfilling, Causal, Mask, MaskedLM
 from sftcli.rowfile import is_row_file, write_rows
 from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
-from sftcli.stages.common import Rejects, read_lines_of
+from sftcli.stages.common import LULL, Input, Rejects, read_lines_of
 from sftcli.text import pretokenized
 from sftcli.text.folder import load_codec
 from sftcli.text.objectives import blank_infilling, causal, masked_lm
@@ -81,10 +82,10 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
         line = stack.enter_context(console.live())
         _refuse(options, to_columns, to_index)
         codec = load_codec(text_folder(model)) if model else None
-        read = _read(options, source, summary)
+        read = _read(options, source, summary, out.flush if out else lambda: None)
         maker, read = _maker(options, codec, read)
         made = _shown(_counted(_made(options, maker, read, rejects, summary), line), show, codec, line)
-        made = _accounted(made, summary, codec, line, to_columns or to_index)
+        made = _accounted(made, summary, codec, line, to_columns or options.format != "rows")
         if to_index:
             write_indexed(str(output), (pretokenized.neox_document(item.row, item.weights) for item in made))
         elif out is None:
@@ -148,11 +149,11 @@ def _causal(
 
 
 def _accounted(
-    made: Iterator[Made], summary: Summary, codec: Codec | None, line: console.Live, to_columns: bool
+    made: Iterator[Made], summary: Summary, codec: Codec | None, line: console.Live, loses_fields: bool
 ) -> Iterator[Made]:
     """The rows, then the account of them. Raises DataError while the output is still open if none is left."""
     for item in made:
-        if to_columns:
+        if loses_fields:
             summary.lost_fields |= item.extra.keys()
         yield item
     line.clear()
@@ -161,9 +162,10 @@ def _accounted(
         raise DataError(f"nothing is left to train: all {summary.rows:,} rows were dropped ({_reasons(summary)})")
 
 
-def _read(options: Mask, source: str, summary: Summary) -> Iterator[Read]:
-    """The lines of the input as documents."""
-    for where, line, fields in _lines(source):
+def _read(options: Mask, source: str, summary: Summary, flush: Callable[[], None]) -> Iterator[Read]:
+    """The lines of the input as documents. When the next one is asked for, what was made of those before is written."""
+    flushed = time.monotonic()
+    for where, line, fields, pause in _lines(source):
         if isinstance(fields, DataError):
             raise fields
         summary.rows += 1
@@ -171,12 +173,15 @@ def _read(options: Mask, source: str, summary: Summary) -> Iterator[Read]:
             yield _document(line, fields, where, summary.rows, options)
         except DataError as error:
             raise error.located(where) from None
+        if pause or time.monotonic() - flushed > LULL:
+            flush()
+            flushed = time.monotonic()
 
 
-def _lines(source: str) -> Iterator[tuple[str, bytes, dict[str, msgspec.Raw] | DataError]]:
+def _lines(source: str) -> Iterator[Input]:
     if not is_indexed(source):
         return read_lines_of([source])
-    return ((where, line, line_fields(line, where)) for where, line in indexed_lines(source))
+    return ((where, line, line_fields(line, where), False) for where, line in indexed_lines(source))
 
 
 def _made(options: Mask, maker: Maker, read: Iterator[Read], rejects: Rejects, summary: Summary) -> Iterator[Made]:
@@ -337,7 +342,8 @@ def _report(summary: Summary, codec: Codec | None) -> None:
     if dropped > MOSTLY_LOST * summary.rows:
         console.warn(f"mask: {dropped / summary.rows:.0%} of the rows were dropped")
     if summary.lost_fields:
-        console.note(f"mask: not kept in safetensors: {', '.join(sorted(summary.lost_fields))}")
+        lost = ", ".join(sorted(summary.lost_fields))
+        console.note(f"mask: not kept: {lost} (rows in JSON lines keep such fields: -o ROWS.jsonl)")
     if summary.weights_lost:
         console.warn(
             f"mask: GPT-NeoX's labels hold no weights: {summary.weights_lost:,} rows are trained in full there"

@@ -5,7 +5,6 @@ import os
 import platform
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,12 @@ from sftcli import artifacts, console, manifest
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
 from sftcli.model import resume
+from sftcli.model.processes import typed
 from sftcli.model.tensorfile import hand_over
 from sftcli.model.training import Report
 from sftcli.stages.training_job import ARRIVING, HOW, Job, best_step
 
+DATA = ("rows", "weights", "eval_data")  # of the settings
 STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER)  # what a new training run replaces
 
 
@@ -30,7 +31,7 @@ def begin(job: Job, resumed: bool) -> int:
     """Start a run over or go on with it, once nothing speaks against it; returns the steps that are done."""
     recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
     folder = _newest_whole(job, recorded.get("id")) if resumed else None
-    _check_room(job, 1 if folder else 2)
+    _check_room(job, manifest.step_of(folder) if folder else 0)
     step = _go_on(job, folder) if folder else 0
     job.engine.world.meet()  # every process has read what it needs of the run, before the first of them changes it
     if job.engine.world.first:
@@ -56,7 +57,7 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> None:
         "id": job.id,
         "sftcli": sftcli.__version__,
         "python": platform.python_version(),
-        "command": sys.argv,
+        "command": typed(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if job.options.adapter:
@@ -64,14 +65,26 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> None:
     artifacts.update_json(job.run / RUN, facts | job.settings)
 
 
-def _check_room(job: Job, copies: int) -> None:
-    """Raise SftError (exit 6) where the disk cannot take a new checkpoint beside the one before it."""
+def _check_room(job: Job, done: int) -> None:
+    """Raise SftError (exit 6) where the disk cannot take the checkpoints that will lie there after step `done`."""
     place = job.run / artifacts.CHECKPOINTS  # maybe a link to another disk
     place = place if place.is_dir() else job.run
+    copies = _checkpoints_to_come(job, done)
     need, free = copies * resume.bytes_of(job.model, job.optimizers), shutil.disk_usage(place).free
     if free < need:
-        told = f"{place}: checkpoints need {need:,} bytes, {free:,} are free"
-        raise SftError(told, Exit.WRITE, hint="make room, or an -o on another disk")
+        kept = f"keep={job.options.keep}, one on its way{', the best' if job.options.patience else ''}"
+        told = f"{place}: {copies} more checkpoints ({kept}) need {need:,} bytes, {free:,} are free"
+        raise SftError(told, Exit.WRITE, hint="make room, a smaller --set keep, or an -o on another disk")
+
+
+def _checkpoints_to_come(job: Job, done: int) -> int:
+    """How many more there will be at a time, at most."""
+    options, plan = job.options, job.plan
+    there = len(manifest.checkpoints(job.run)) if done else 0
+    at_once = options.keep + 1 + bool(options.patience)
+    of_an_epoch = next(plan.from_step(0), ([], 1.0, True))[1]
+    every = 1 if options.patience else options.checkpoint_every or max(1, round(1 / of_an_epoch))
+    return min(math.ceil(plan.steps / every) - done // every, max(at_once - there, 1))
 
 
 def _newest_whole(job: Job, own: str | None) -> Path | None:
@@ -118,15 +131,18 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> None:
     """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run."""
     options = resume.known_options(before["options"])
     before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
-    changed = []
+    changed, hint = [], "start a new run with another -o"
     for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
         if name in ("threads", "processes", "torch", *HOW):
             console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
+        elif name in DATA and job.options.allow_data_change:
+            console.warn(f"train: the {name} changed ({how}): the run goes on with them")
         else:
+            hint += ", or --set allow_data_change=true" if name in DATA else ""
             option = name.removeprefix("options.")
             changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
     if changed:
-        raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint="start a new run with another -o")
+        raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint=hint)
 
 
 def _cut_back(path: Path, step: int) -> None:

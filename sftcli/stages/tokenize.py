@@ -18,6 +18,7 @@ from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.rows import REASONING, RESERVED, Document, encode_document
 from sftcli.stages.common import (
+    LULL,
     Rejects,
     codec_for,
     encode_lines,
@@ -34,7 +35,6 @@ from sftcli.text.tokenizer import Codec, Encoded, Work
 
 BATCH_ROWS, BATCH_BYTES = 256, 1 << 18  # of input, whose texts are encoded in one call of the library
 MAX_THREADS = 8  # more would wait for the one that reads, renders and writes
-LULL = 0.1  # seconds without a line, after which what is there goes out
 LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -162,14 +162,15 @@ def _calls_in_one_thread() -> Iterator[None]:
 def _batches(
     options: Tokenize, codec: Codec, template: Template, summary: Summary
 ) -> Iterator[tuple[list[_Item], bool]]:
-    """Lines in batches, and whether the input made us wait: then they should go out before the next one comes.
+    """Lines in batches, and whether the input makes us wait: then they should go out before the next one comes.
     What ends the input too early is the last item of the last batch: the rows before it count."""
     speaker = Speaker(template, codec.ends)
     batch: list[_Item] = []
-    size, lull, asked = 0, False, time.monotonic()
+    size, waited, asked = 0, 0.0, time.monotonic()
     try:
-        for where, line, fields in read_lines_of(options.data):
-            lull = time.monotonic() - asked > LULL
+        for where, line, fields, pause in read_lines_of(options.data):
+            waited += time.monotonic() - asked
+            lull = pause or waited > LULL
             summary.rows += 1
             size += len(line)
             try:
@@ -180,7 +181,7 @@ def _batches(
                 batch.append(_Bad(line, error.located(where)))
             if len(batch) == BATCH_ROWS or size >= BATCH_BYTES or lull:
                 yield batch, lull
-                batch, size = [], 0
+                batch, size, waited = [], 0, 0.0
             asked = time.monotonic()
     except SftError as error:
         batch.append(error)

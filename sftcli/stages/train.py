@@ -33,7 +33,7 @@ from sftcli.model.decoding import Completion, decode
 from sftcli.model.growth import Prompt, blanks_of_row
 from sftcli.model.memory import keep_freed_memory
 from sftcli.model.probe import fitting_tokens
-from sftcli.model.processes import World, collect, is_worker, joined, together
+from sftcli.model.processes import SHUTDOWN, World, collect, grace, is_worker, joined, together
 from sftcli.model.scoring import Totals, total_score
 from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
@@ -56,6 +56,7 @@ from sftcli.text.template import Template
 
 NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifacts.CHECKPOINTS, artifacts.BASE}
 NAMES |= {artifacts.RECIPE}
+ENDS_WITHIN = 25  # seconds after a signal
 
 
 def start(options: Train, source: Sequence[str], model: str, output: str, resumed: bool = False) -> None:
@@ -181,7 +182,10 @@ def _loop(job: Job, start: int) -> None:
                 line.show(_progress(job, report, begin, start), report.step / job.plan.steps)
                 due = _checkpoint_due(job, report.step, epoch_ends) or report.step == job.plan.steps
                 if due and report.step > saved:  # a pending step is what the run goes on from
+                    saving = time.monotonic()
                     save_checkpoint(job, report.step)
+                    if saved == start:
+                        _tell_slow_end(report.seconds, time.monotonic() - saving)
                     saved = report.step
                 if has_enough(job):
                     evaluations = f"{job.options.patience} evaluations"
@@ -190,6 +194,19 @@ def _loop(job: Job, start: int) -> None:
         except signals.Interrupted as stop:
             raise _interrupted(job, saved, stop.code) from None
     outcome.seconds = time.monotonic() - begin
+
+
+def _tell_slow_end(step: float, save: float) -> None:
+    """Warn where what follows a signal, a step and a checkpoint, may take too long."""
+    killed = grace()
+    if step + save <= (ENDS_WITHIN if killed is None else 0.8 * killed):
+        return
+    told = f"train: a step takes {step:.1f} s and a checkpoint {save:.1f} s: after a signal, this run "
+    if killed is None:
+        console.warn(f"{told}needs more than {ENDS_WITHIN} s to end")
+    else:
+        more = f"--set process_timeout (--nproc) or {SHUTDOWN} (torchrun) gives more"
+        console.warn(f"{told}may be killed before it is saved: that comes after {killed} s; {more}")
 
 
 def _follow(job: Job, report: Report) -> None:

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     "save_dtype",
     "shard_size",
     "keep",
+    "allow_data_change",
     "checkpoint_every",
     "nonfinite_skips",
     "nproc",

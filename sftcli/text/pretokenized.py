@@ -1,6 +1,7 @@
 """Rows that somebody else tokenised: `input_ids` with `labels` or `loss_mask` (Hugging Face), or GPT-NeoX's `text`
 and `label`; in and out."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -81,7 +82,10 @@ def read(
         tokenizer=given.tokenizer,
         template=given.template,
     )
-    return document, weights and [given.weight * weight for weight in weights]
+    weights = weights and [given.weight * weight for weight in weights]
+    if weights and math.inf in weights:
+        raise DataError("the weights of row and tokens are too large together", where, "$.weight")
+    return document, weights
 
 
 def _weights(given: Tokens | NeoxTokens, where: str) -> list[float] | None:

@@ -1,5 +1,6 @@
 """The raw shapes of training data -> Conversation: what a line of JSON means, before any template."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -117,6 +118,8 @@ def read_record(
     record.id = str(number if common.id is None else common.id)
     record.source, record.tools = common.source, common.tools
     record.weights = [weight * common.weight for weight in record.weights]
+    if math.inf in record.weights:
+        raise DataError("the weights of record and message are too large together", where, "$.weight")
     consumed = _CONSUMED[shape].union(wanted) if shape == "fields" else _CONSUMED[shape]
     record.extra = {name: raw for name, raw in fields.items() if name not in consumed}
     return record
