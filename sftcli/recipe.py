@@ -262,7 +262,8 @@ class Train(Options):
     max_steps: Positive | None = None
     batch_tokens: Positive = 8192  # tokens of one optimizer step ...
     batch_rows: Positive | None = None  # ... or its rows
-    micro_batch_tokens: Positive = 8192  # bounds one forward; never changes a step
+    # bounds one forward, never changes a step; None: 8192 on a GPU; 2048 on a CPU, 1024 with an adapter
+    micro_batch_tokens: Positive | None = None
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: off
     nonfinite_skips: Count = 0  # steps of a run that may be left out because their loss or gradient is not finite
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -32,7 +32,10 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     frozen = FLOAT if options.base_dtype == "float32" else 2
     blocks = sum(n for name, n in trained.items() if name.startswith("blocks."))
     moments = 2 * learned - (blocks if isinstance(options.optimizer, Muon) else 0)
-    tokens = max(min(options.micro_batch_tokens, options.batch_tokens), longest_row)
+    device = torch.device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    tokens = max(min(forward_tokens(options, device), options.batch_tokens), longest_row)
     found = {
         "weights_bytes": frozen * (count - learned) + FLOAT * learned,
         "gradients_bytes": FLOAT * learned,
@@ -46,6 +49,14 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
         **found,
         "memory_bytes": INTERPRETER + sum(found.values()),
     }
+
+
+def forward_tokens(options: Train, device: torch.device) -> int:
+    """The most tokens of one forward. On a CPU products gain nothing beyond some hundreds of rows; the gradients of a
+    full fine-tune are added up once for each forward."""
+    if options.micro_batch_tokens:
+        return options.micro_batch_tokens
+    return 8192 if device.type != "cpu" else 1024 if options.adapter else 2048
 
 
 def logits_bytes(config: GPTConfig) -> int:

@@ -22,6 +22,7 @@ from sftcli.model.gpt import GPT
 from sftcli.model.memory import (
     FLOAT,
     activations_per_token,
+    forward_tokens,
     logits_bytes,
     out_of_memory,
     return_freed_memory,
@@ -48,9 +49,9 @@ def fitting_tokens(
     start: int = 0,
 ) -> int:
     """The micro_batch_tokens that fit: those of the options, or half of them, and so on. Raises OutOfMemory."""
-    limit = options.micro_batch_tokens
+    limit = forward_tokens(options, engine.device)
     moments = 0 if any(o.state for o in optimizers) else 2 * FLOAT * _trained(model)  # come with the first step
-    if start == plan.steps or (engine.device.type == "cpu" and _ample(model, plan, options, moments)):
+    if start == plan.steps or (engine.device.type == "cpu" and _ample(model, plan, options, limit, moments)):
         return limit
     while True:
         for part in longest_forwards(plan, limit, start):
@@ -80,9 +81,9 @@ def longest_forwards(plan: Plan, limit: int, start: int) -> list[list[int]]:
     return [most, longest] if tokens(longest) > tokens(most[-1:]) else [most]
 
 
-def _ample(model: GPT, plan: Plan, options: Train, moments: int) -> bool:
+def _ample(model: GPT, plan: Plan, options: Train, limit: int, moments: int) -> bool:
     """Whether a CPU has far more memory than any forward needs: no look at the plan, which may be long."""
-    tokens = max(min(options.micro_batch_tokens, sum(plan.lengths)), max(plan.lengths))
+    tokens = max(min(limit, sum(plan.lengths)), max(plan.lengths))
     return available() > AMPLE * (moments + needed_bytes(model, tokens, options))
 
 

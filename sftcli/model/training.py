@@ -17,7 +17,7 @@ from sftcli.model.breakdown import Part as Breakdown
 from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.gpt import GPT
 from sftcli.model.loss import PLAIN
-from sftcli.model.memory import told_if_out_of_memory
+from sftcli.model.memory import forward_tokens, told_if_out_of_memory
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
 from sftcli.model.optim import lr_share, set_lr
@@ -127,8 +127,9 @@ def train_steps(
         if options.dropout or (options.adapter and options.adapter.dropout):
             # dropout too is a function of (seed, step), and of the process
             torch.manual_seed(engine.world.seed((options.seed << 32) + number))
-        with told_if_out_of_memory(rows, options.micro_batch_tokens, engine.device):
-            sums = accumulate(model, rows, options.micro_batch_tokens, engine, options.loss, (options.seed, number))
+        limit = forward_tokens(options, engine.device)
+        with told_if_out_of_memory(rows, limit, engine.device):
+            sums = accumulate(model, rows, limit, engine, options.loss, (options.seed, number))
             sums = sums.over(engine.world)
         norms = clip(model, options.clip_norm)
         loss, norm = torch.stack([sums.logged[0], norms.to(sums.logged)]).tolist()  # the step's one wait for the device

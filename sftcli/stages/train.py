@@ -31,7 +31,7 @@ from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Completion, decode
 from sftcli.model.growth import Prompt, blanks_of_row
-from sftcli.model.memory import keep_freed_memory
+from sftcli.model.memory import forward_tokens, keep_freed_memory
 from sftcli.model.probe import fitting_tokens
 from sftcli.model.processes import SHUTDOWN, World, collect, grace, is_worker, joined, together
 from sftcli.model.scoring import Totals, total_score
@@ -153,7 +153,7 @@ def _processes(job: Job) -> str:
 
 def _fit(job: Job, start: int) -> None:
     """Smaller forwards, if the longest do not fit in memory. Raises OutOfMemory."""
-    asked = job.options.micro_batch_tokens
+    asked = forward_tokens(job.options, job.engine.device)
     if job.engine.world.size > 1 and job.options.parallel == "fsdp":
         return  # a forward of one process is one of all: none can try alone
     alone = replace(job.engine, world=World())
@@ -217,7 +217,7 @@ def _follow(job: Job, report: Report) -> None:
     last, every = step == job.plan.steps, options.eval_every or max(1, job.plan.steps // 10)
     evaluation = None
     if job.eval_rows and (step % every == 0 or last) and not refused:
-        evaluation = total_score(job.model, job.eval_rows, options.micro_batch_tokens, job.engine)
+        evaluation = total_score(job.model, job.eval_rows, forward_tokens(options, job.engine.device), job.engine)
         outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
     append_lines(job.engine.world.path(job.run / METRICS), _metrics(report, evaluation))
     if refused:

@@ -22,6 +22,7 @@ from sftcli.model.batches import weight_of
 from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, add_masked_lm, load_model
 from sftcli.model.dataset import column, fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
+from sftcli.model.memory import forward_tokens
 from sftcli.model.mixture import Input, input_of, parts_of
 from sftcli.model.processes import World, whole
 from sftcli.model.training import Engine, Plan, Report, choose_engine
@@ -202,7 +203,7 @@ def make_job(
             "device": str(engine.device),
             "dtype": str(engine.dtype),
             "processes": engine.world.size,
-            "micro_batch_tokens": options.micro_batch_tokens,
+            "micro_batch_tokens": forward_tokens(options, engine.device),
             "gradient_checkpointing": options.gradient_checkpointing,
             "torch": str(torch.__version__),
         },
