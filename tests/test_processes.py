@@ -185,7 +185,9 @@ def pair(tmp_path_factory):
     poison = make_row(random_ids(7, 9), id="poison", loss_weight=[1e39] * 7)  # infinite in float32
     write_jsonl(folder / "poison.jsonl", [*make_rows(LENGTHS), poison])
     stopped_alone(folder, options_of())
-    torch.multiprocessing.start_processes(in_a_pair, (folder, free_ports(1 + len(RUNS) + len(RESUMED))), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(
+        in_a_pair, (folder, free_ports(1 + len(RUNS) + len(RESUMED))), nprocs=2, start_method="spawn"
+    )
     return folder
 
 
