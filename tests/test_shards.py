@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -21,11 +22,13 @@ from test_processes import assert_close, free_ports, options_of
 from sftcli import console, manifest
 from sftcli.errors import CheckpointError, Exit, SftError
 from sftcli.model import resume, shards
-from sftcli.model.processes import World
+from sftcli.model.checkpoint import add_masked_lm, open_folder
+from sftcli.model.processes import World, joined, whole
 from sftcli.model.resume import tensor_files
-from sftcli.model.shards import TensorFiles
+from sftcli.model.shards import TensorFiles, held
 from sftcli.model.tensorfile import write_tensors
 from sftcli.stages.train import train
+from sftcli.stages.training_job import _model
 
 LENGTHS = [12, 7, 20, 9, 15, 5, 11, 18, 6, 13]
 LORA = ("adapter.kind=lora", "adapter.rank=4", "adapter.dora=true")  # three processes: two have two rows of A, one none
@@ -240,11 +243,45 @@ OF_TWO = {
 }
 
 
+FILLED = {  # name -> preset, settings
+    "transposed, fused, tied": ("gpt2", ()),
+    "lora": ("gpt2", (*LORA[:2], "adapter.modules_to_save=[wte]")),
+    "dora": ("llama", (*LORA, "base_dtype=bfloat16")),
+    "prefix": ("llama", ("adapter.kind=prefix", "adapter.mlp=8", "adapter.length=4")),
+    "pairs": ("llama", ()),
+}
+
+
+def filled(folder, name, world):
+    """A model as a run begins with it: (what each process holds of it in bytes, whole tensors)."""
+    preset, settings = FILLED[name]
+    opened, options = (
+        open_folder(folder / preset),
+        options_of(*settings, *(("parallel=fsdp",) if world.size > 1 else ())),
+    )
+    if name == "pairs":
+        add_masked_lm(opened, True)
+    model, fill = _model(options, opened, name == "pairs", world.spreads(options.parallel))
+    before = {p.device.type for p in model.parameters() if not p.requires_grad or not options.adapter}
+    world.place(model, torch.device("cpu"), options.parallel, fill)
+    assert world.size == 1 or before == {"meta"}
+    assert not opened.config.tied or model.head.weight is model.embedding.weight
+    size = sum(held(p).nbytes for p in model.parameters())
+    return size, {f"{n} {p.requires_grad}": whole(p.detach()).clone() for n, p in model.named_parameters()}
+
+
 def in_a_group(rank, folder, size, runs, ports):
-    """What each of several processes does: one run after the other."""
+    """What each of several processes does: models as they begin, then one run after the other."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     sys.stderr = open(folder / f"stderr-{size}-{rank}", "w", buffering=1)  # noqa: SIM115
+    os.environ["MASTER_PORT"] = str(ports.pop())
+    with joined(60) as world:
+        for name in FILLED if size == 3 else ():
+            held_here, tensors = filled(folder, name, world)
+            (folder / f"{name}-{rank}.bytes").write_text(str(held_here))
+            if world.first:
+                safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
     for name, (settings, before) in runs.items():
         os.environ["MASTER_PORT"] = str(ports.pop())
         run = folder / name
@@ -259,13 +296,25 @@ def in_a_group(rank, folder, size, runs, ports):
 def group(tmp_path_factory):
     folder = tmp_path_factory.mktemp("group")
     model_folder(folder / "llama", "llama", layers=1)
+    model_folder(folder / "gpt2", "gpt2", layers=2)
     rows = write_turns(folder / "llama", folder / "rows.safetensors", LENGTHS)
     for name, settings in (("one", ALONE), ("one, lora", (*ALONE, *LORA))):
         train(options_of(*settings), rows, str(folder / "llama"), str(folder / name))
     for size, runs in ((3, OF_THREE), (2, OF_TWO)):
-        given = (folder, size, runs, free_ports(len(runs)))
+        given = (folder, size, runs, free_ports(1 + len(runs)))
         torch.multiprocessing.start_processes(in_a_group, given, nprocs=size, start_method="spawn")
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILLED)
+def test_model_that_is_read_in_shares_is_the_one_that_is_read_whole(group, name):
+    size, expected = filled(group, name, World())
+    found = safetensors.torch.load_file(group / f"{name}.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], expected[n]) and found[n].dtype == expected[n].dtype for n in expected)
+    shares = [int((group / f"{name}-{rank}.bytes").read_text()) for rank in range(3)]
+    assert sum(shares) == size and max(shares) < 0.4 * size
 
 
 def weights_of(run):

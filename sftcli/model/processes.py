@@ -62,10 +62,18 @@ class World:
         torch.cuda.set_device(local)
         return f"cuda:{local}"
 
-    def place(self, model: nn.Module, device: torch.device, parallel: str) -> None:
-        """Bring a model to the device: all of it (ddp: the same in each process), or this process's shards (fsdp)."""
-        if self.size > 1 and parallel == "fsdp":
-            _shard(model, device)
+    def spreads(self, parallel: str) -> bool:
+        """Whether a model is shared out, so that no process needs all of it."""
+        return self.size > 1 and parallel == "fsdp"
+
+    def place(
+        self, model: nn.Module, device: torch.device, parallel: str, fill: Callable[[], None] | None = None
+    ) -> None:
+        """Bring a model to the device: all of it (ddp: the same in each process), or this process's shards (fsdp).
+
+        `fill` gives parameters of a spread model values where they are on the device `meta`."""
+        if self.spreads(parallel):
+            _shard(model, device, fill)
             return
         model.to(device)
         if self.size > 1:
@@ -295,7 +303,7 @@ def filler(rows: Sequence[Row]) -> list[Row]:
     return [min(rows, key=lambda row: len(row.input_ids))]
 
 
-def _shard(model: nn.Module, device: torch.device) -> None:
+def _shard(model: nn.Module, device: torch.device, fill: Callable[[], None] | None) -> None:
     """FSDP2 over all processes: each block by itself, then what is left; gradients are sums, too."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -305,8 +313,13 @@ def _shard(model: nn.Module, device: torch.device) -> None:
     for part in parts:
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+    if fill:
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        fill()
     parts[-1]._get_fsdp_state()._lazy_init()  # what runs first takes itself for the root: a block, where it decodes
-    for part in parts:  # makes the tensors that are kept for whole weights: in inference mode, no step could use them
+    # Makes the tensors that are kept for whole weights: made in inference mode, no step could use them. Ties again
+    # what `_apply` has parted.
+    for part in parts:
         part.unshard()
         part.reshard()
 

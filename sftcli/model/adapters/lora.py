@@ -31,7 +31,7 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = scale, dropout
         self.lora_A = a
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, len(a), device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, len(a), device=a.device))
         self.magnitude = nn.Parameter(row_norms(base.weight.detach().float())) if dora else None
         self._gain: Tensor | None = None
 
@@ -167,6 +167,11 @@ def _ends(path: str, pattern: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
+def device_of(model: GPT) -> torch.device:
+    """Where an adapter is made: beside the model, unless that has no values yet (on `meta`) and moves later."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def attach(model: GPT, options: Lora, sites: Sequence[Site], seed: int = 0) -> Callable[[], None]:
     """Put an update that is still 0 beside every site; returns what takes them away again."""
     generator = torch.Generator().manual_seed(seed)
@@ -177,7 +182,7 @@ def attach(model: GPT, options: Lora, sites: Sequence[Site], seed: int = 0) -> C
         width = shapes_of(model.config)[site.stored.ours[0]][1]
         drawn = torch.empty(rank, width, device="cpu")
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # U(+-1/sqrt(in))
-        a = nn.Parameter(drawn.to(model.device))
+        a = nn.Parameter(drawn.to(device_of(model)))
         for name, base in bases.items():
             assert isinstance(base, nn.Linear)
             model.set_submodule(name, LoraLinear(base, a, scale, options.dropout, options.dora))
@@ -229,6 +234,14 @@ def adapter_name(stored: Stored) -> str:
     if stored.ours[0].startswith("head."):
         return f"{HEAD}.{stored.ours[0].removeprefix('head.')}"
     return stored.name
+
+
+@torch.no_grad()
+def measure(model: GPT) -> None:
+    """DoRA's magnitudes of a base that had no values when it was adapted."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and module.magnitude is not None:
+            module.magnitude.copy_(row_norms(module.weight.float()))
 
 
 @torch.no_grad()
