@@ -381,7 +381,9 @@ def parent_of(pid):
 
 
 @pytest.mark.slow
-def test_killed_process_is_named_the_others_end_and_the_run_resumes_bit_for_bit(small):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_killed_process_is_named_the_others_end_and_the_run_resumes_bit_for_bit(small, parallel):
+    small = [*small, "--set", f"parallel={parallel}"]
     whole = begun([*small[:5], "whole", *small[6:], "--nproc", "2"])
     assert whole.wait(90) == 0, whole.stderr.read()
     process = begun([*small, "--nproc", "2"])

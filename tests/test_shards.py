@@ -290,6 +290,32 @@ def in_a_group(rank, folder, size, runs, ports):
         while before and not run.is_dir():
             time.sleep(0.01)
         train(options_of(*settings), str(folder / "rows.safetensors"), str(folder / "llama"), str(run), bool(before))
+    if size == 2:
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        (folder / f"full disk-{rank}").write_text(str(on_a_full_disk(rank, folder)))
+
+
+def on_a_full_disk(rank, folder):
+    """How a run ends of which process 1 cannot write its shards of the second checkpoint."""
+    real = resume.write_tensors
+
+    def full(path, tensors):
+        if rank == 1 and "000002" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, tensors)
+
+    resume.write_tensors = full
+    try:
+        return train(
+            options_of(*SPREAD), str(folder / "rows.safetensors"), str(folder / "llama"), str(folder / "full disk")
+        )
+    except SftError as error:
+        console.fail(str(error), error.hint)
+        return int(error.code)
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        resume.write_tensors = real
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +327,7 @@ def group(tmp_path_factory):
     for name, settings in (("one", ALONE), ("one, lora", (*ALONE, *LORA))):
         train(options_of(*settings), rows, str(folder / "llama"), str(folder / name))
     for size, runs in ((3, OF_THREE), (2, OF_TWO)):
-        given = (folder, size, runs, free_ports(1 + len(runs)))
+        given = (folder, size, runs, free_ports(2 + len(runs)))
         torch.multiprocessing.start_processes(in_a_group, given, nprocs=size, start_method="spawn")
     return folder
 
@@ -329,6 +355,24 @@ def test_run_of_any_number_of_processes_is_that_of_one(group, name):
     found, wanted = weights_of(group / name), weights_of(expected)
     assert_equal_gradients({n: found.read(n) for n in found}, {n: wanted.read(n) for n in wanted}, 1e-5)
     assert_close(metrics(group / name), metrics(expected), 1e-5)
+
+
+@pytest.mark.slow
+def test_run_ends_as_one_where_a_process_cannot_write_its_shards(group):
+    assert [(group / f"full disk-{rank}").read_text() for rank in (0, 1)] == ["6", "6"]
+    said = "".join((group / f"stderr-2-{rank}").read_text() for rank in (0, 1))
+    assert (
+        len(re.findall("error: cannot write .*step-000002/trained-00002-of-00002.safetensors: No space left", said))
+        == 1
+    )
+    assert said.count("error:") == 1
+    assert sorted(path.name for path in (group / "full disk" / "checkpoints").iterdir()) == ["latest", "step-000001"]
+
+
+@pytest.mark.slow
+def test_run_that_is_spread_from_here_on_says_that_bits_may_change(group):
+    said = (group / "stderr-2-0").read_text()
+    assert said.count('warning: train: parallel was "ddp", is "fsdp": the run goes on, but not bit for bit') == 1
 
 
 @pytest.mark.slow

@@ -154,8 +154,10 @@ class World:
         return found
 
     def from_each(self, compute: Callable[[], Any]) -> list[Any]:
-        """What each process computes (plain JSON), by rank, in every process; where one fails, all raise its error."""
-        return self._told_by(range(self.size), compute, self.timeout)
+        """What each process computes (plain JSON), by rank, in every process; where one fails, all raise its error.
+
+        Shares take alike: once it has its own, process 0 gives the others `timeout`, and all wait for process 0."""
+        return self._told_by(range(self.size), compute, self.timeout if self.first else PATIENCE)
 
     def _told_by(self, ranks: Sequence[int], compute: Callable[[], Any], patience: float) -> list[Any]:
         if self.store is None:

@@ -40,7 +40,8 @@ from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
-HOW = ("device", "dtype", "micro_batch_tokens", "gradient_checkpointing")  # a step is computed: not which step it is
+# a step is computed: not which step it is
+HOW = ("device", "dtype", "parallel", "micro_batch_tokens", "gradient_checkpointing")
 BLANK = 0.05  # of the usual distance from the mean embedding
 ARRIVING = f".tmp-{artifacts.ROWS}"  # rows that are collected, until it is clear that they are this run's
 FREE_TO_CHANGE = {
@@ -50,7 +51,6 @@ FREE_TO_CHANGE = {
     "checkpoint_every",
     "nonfinite_skips",
     "nproc",
-    "parallel",
     "process_timeout",
 }  # options that no step depends on
 
@@ -211,6 +211,7 @@ def make_job(
             "device": str(engine.device),
             "dtype": str(engine.dtype),
             "processes": engine.world.size,
+            "parallel": options.parallel,
             "micro_batch_tokens": options.micro_batch_tokens,
             "gradient_checkpointing": options.gradient_checkpointing,
             "torch": str(torch.__version__),

@@ -167,11 +167,6 @@ def _ends(path: str, pattern: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
-def device_of(model: GPT) -> torch.device:
-    """Where an adapter is made: beside the model, unless that has no values yet (on `meta`) and moves later."""
-    return torch.device("cpu") if model.device.type == "meta" else model.device
-
-
 def attach(model: GPT, options: Lora, sites: Sequence[Site], seed: int = 0) -> Callable[[], None]:
     """Put an update that is still 0 beside every site; returns what takes them away again."""
     generator = torch.Generator().manual_seed(seed)
@@ -182,7 +177,8 @@ def attach(model: GPT, options: Lora, sites: Sequence[Site], seed: int = 0) -> C
         width = shapes_of(model.config)[site.stored.ours[0]][1]
         drawn = torch.empty(rank, width, device="cpu")
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # U(+-1/sqrt(in))
-        a = nn.Parameter(drawn.to(device_of(model)))
+        # on `meta` the model has no values yet: both move later
+        a = nn.Parameter(drawn if model.device.type == "meta" else drawn.to(model.device))
         for name, base in bases.items():
             assert isinstance(base, nn.Linear)
             model.set_submodule(name, LoraLinear(base, a, scale, options.dropout, options.dora))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from sftcli import recipe
 from sftcli.errors import UsageError
-from sftcli.model.adapters.lora import device_of
 from sftcli.model.attention import Group, KeepingAttention
 from sftcli.model.gpt import GPT, GPTConfig
 
@@ -134,7 +133,7 @@ def shortened(config: GPTConfig, options: recipe.Adapter | None) -> GPTConfig:
 def attach(model: GPT, prefix: PrefixTable) -> Callable[[], None]:
     """Put a prefix before every row; returns what takes it away again."""
     config = model.config
-    model.prefix = prefix.to(device_of(model))
+    model.prefix = prefix if model.device.type == "meta" else prefix.to(model.device)  # on `meta`: both move later
     model.config = replace(config, context=config.context - prefix.length)
 
     def undo() -> None:
