@@ -103,6 +103,7 @@ def test_files_that_do_not_fit_or_are_cut_off_are_named(tmp_path):
 def save_in_pair(run, rank, store, fault=None, timeout=20.0):
     """Process `rank` of two saves step 9; `fault`: (call, k, kill) of its k-th call. 77: there were fewer."""
     console.RANK = rank
+    signal.alarm(60)  # processes that miss each other would wait for ever
     world = World(rank, 2, dist.FileStore(str(store), 2), timeout)
     counted = patched(*fault) if fault else None
     value = torch.arange(10.0).view(5, 2)

@@ -2,7 +2,7 @@
 
 Every process runs the same program over the same rows. It knows all rows of a step and computes the gradients of its
 share; torch (DDP or FSDP2) adds gradients up; a step divides by the weight of all its rows, which each process knows by
-itself. Only process 0 talks and writes.
+itself. Only process 0 talks, and writes all but the shards of a checkpoint that others hold.
 """
 
 import gc
@@ -172,9 +172,9 @@ class World:
             raise dist.DistError("a process does not come")
         told = [msgspec.json.decode(self.store.get(key)) for key in keys]
         self.meet()  # process 0 may hold the store: it stays until all have read it
-        for _, error in told:
+        for rank, (_, error) in zip(ranks, told, strict=True):
             if error:
-                raise SftError(*error) from own
+                raise own if own and rank == self.rank else SftError(*error)
         return [found for found, _ in told]
 
     def meet(self) -> None:
