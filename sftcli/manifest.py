@@ -34,9 +34,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(filter(Path.is_dir, named), key=step_of)
 
 
-def seal(folder: Path, step: int, run_id: str, sums: Mapping[str, int]) -> None:
-    """Write the manifest of a checkpoint that is about to get its name; `sums`: the crc32 of each of its files."""
-    files = {name: {"bytes": (folder / name).stat().st_size, "crc32": f"{crc:08x}"} for name, crc in sums.items()}
+def seal(folder: Path, step: int, run_id: str, sums: Mapping[str, tuple[int, int]]) -> None:
+    """Write the manifest of a checkpoint that is about to get its name; `sums`: (bytes, crc32) of each of its files."""
+    files = {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sums.items()}
     text = msgspec.json.encode({"format": FORMAT, "run": run_id, "step": step, "files": files})
     (folder / MANIFEST).write_bytes(msgspec.json.format(text, indent=1))  # ends in }: no byte of it can be missing
 

@@ -8,6 +8,8 @@ from model_fixtures import CPU, make_model, make_rows
 
 from sftcli import recipe
 from sftcli.model.optim import build, load_state_tensors, lr_share, set_lr, state_tensors
+from sftcli.model.shards import TensorFiles
+from sftcli.model.tensorfile import write_tensors
 from sftcli.model.training import accumulate
 
 KINDS = ("constant", "linear", "cosine", "wsd")
@@ -122,7 +124,8 @@ def test_state_put_back_continues_bit_for_bit(options, tmp_path):
     fresh = build(other, options, 1e-2)
     unstated = make_model(tmp_path / "c", "llama")
     unstated.load_state_dict(model.state_dict())
-    load_state_tensors(other, fresh, state)
+    write_tensors(tmp_path / "state", state)
+    load_state_tensors(other, fresh, TensorFiles([tmp_path / "state"]))
     again = state_tensors(other, fresh)
     assert set(again) == set(state)
     assert all(torch.equal(again[name], state[name]) for name in state)

@@ -61,9 +61,11 @@ RUNS = {  # name -> settings, the step after which process 1 receives SIGTERM: t
     "sharded, stopped": (("parallel=fsdp",), 2),
     "sharded, to one": (("parallel=fsdp",), 2),
     "adapter": (("parallel=fsdp", *LORA, "sample_rows=0", "eval_every=1"), None),
+    "sampled": (("parallel=fsdp", "eval_share=0", "sample_every=1"), None),
+    "sampled, stopped": (("parallel=fsdp", "eval_share=0", "sample_every=1"), 2),  # in the samples of a step
     "diverged": (("eval_share=0",), None),
 }
-RESUMED = ("stopped", "sharded, stopped", "from one")  # by two processes
+RESUMED = ("stopped", "sharded, stopped", "sampled, stopped", "from one")  # by two processes
 
 
 def options_of(*settings):
@@ -183,7 +185,9 @@ def pair(tmp_path_factory):
     poison = make_row(random_ids(7, 9), id="poison", loss_weight=[1e39] * 7)  # infinite in float32
     write_jsonl(folder / "poison.jsonl", [*make_rows(LENGTHS), poison])
     stopped_alone(folder, options_of())
-    torch.multiprocessing.start_processes(in_a_pair, (folder, free_ports(12)), nprocs=2, start_method="spawn")
+    torch.multiprocessing.start_processes(
+        in_a_pair, (folder, free_ports(1 + len(RUNS) + len(RESUMED))), nprocs=2, start_method="spawn"
+    )
     return folder
 
 
@@ -272,14 +276,17 @@ def test_dropout_is_seeded_by_process_and_step_and_alone_as_ever():
 # ---- a run
 
 
+def names_in(run):
+    """Names of all files, those of shards as if they were whole."""
+    return {re.sub(r"-0000\d-of-00002", "", str(path.relative_to(run))) for path in run.rglob("*")}
+
+
 def test_what_a_run_of_two_leaves_is_what_one_leaves(pair, tmp_path):
     for name in ("sharded", "adapter"):
         settings = [s for s in RUNS[name][0] if s != "parallel=fsdp"]
         run = tmp_path / name
         train(options_of(*settings), str(pair / "rows.safetensors"), str(pair / "llama"), str(run))
-        assert sorted(p.relative_to(run) for p in run.rglob("*")) == sorted(
-            p.relative_to(pair / name) for p in (pair / name).rglob("*")
-        )
+        assert names_in(run) == names_in(pair / name)
         assert_close(metrics(pair / name), metrics(run), 1e-4)
         if name == "sharded":
             assert (pair / name / "samples.jsonl").read_bytes() == (run / "samples.jsonl").read_bytes()
@@ -306,10 +313,13 @@ def test_only_the_first_process_talks(pair):
     assert "train" not in (pair / "stderr-1").read_text()
 
 
-@pytest.mark.parametrize(("stopped", "whole"), [("stopped", "whole"), ("sharded, stopped", "sharded")])
+@pytest.mark.parametrize(
+    ("stopped", "whole"), [("stopped", "whole"), ("sharded, stopped", "sharded"), ("sampled, stopped", "sampled")]
+)
 def test_stopped_pair_resumes_to_the_weights_of_the_unbroken_one(pair, stopped, whole):
     assert ended(pair, 0)[f"{stopped}, resumed"] == ended(pair, 0)[whole]
     assert metrics(pair / stopped) == metrics(pair / whole)
+    assert (pair / stopped / "samples.jsonl").read_bytes() == (pair / whole / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["to one", "sharded, to one", "from one"])
@@ -380,7 +390,9 @@ def lives(pid):
 
 
 @pytest.mark.slow
-def test_killed_process_is_named_the_others_end_and_the_run_resumes_bit_for_bit(small):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_killed_process_is_named_the_others_end_and_the_run_resumes_bit_for_bit(small, parallel):
+    small = [*small, "--set", f"parallel={parallel}"]
     whole = begun([*small[:5], "whole", *small[6:], "--nproc", "2"])
     assert whole.wait(90) == 0, whole.stderr.read()
     process = begun([*small, "--nproc", "2"])

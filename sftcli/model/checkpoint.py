@@ -16,6 +16,7 @@ from sftcli.artifacts import atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
 from sftcli.model.gpt import GPT, TOKEN_TYPES, GPTConfig
+from sftcli.model.shards import held, rows_held
 from sftcli.model.tensorfile import (
     EXTRA,
     Entry,
@@ -200,38 +201,44 @@ def _joined_shape(stored: Stored, every: Mapping[str, torch.Size]) -> tuple[int,
 
 def load_model(folder: ModelFolder, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a folder, its matrices kept in `dtype`; a folder without weights is initialised from `seed`."""
-    model = _empty_model(folder.config, dtype)
-    if not folder.has_weights:
+    model = empty_model(folder.config, dtype)
+    if folder.has_weights:
+        fill_model(model, folder, seed)
+    else:
         model.initialise(seed)
-        return model
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = {tensor.name: tensor for tensor in folder.family.tensors(folder.config)}
-    _fill_extra(folder, parameters, seed)
-    names = {entry: name for name, entry in folder.entries.items()}
-    copy_of_embedding = None
-    for entry, tensor in read_tensors(folder.entries.values()):
-        if names[entry] in stored:
-            _fill(stored[names[entry]], tensor, parameters)
-        else:
-            copy_of_embedding = tensor.clone()
-    if copy_of_embedding is not None and not torch.equal(copy_of_embedding.to(dtype), model.embedding.weight):
-        raise CheckpointError(
-            f"{folder.path}: {folder.family.head} is not the embedding, though config.json ties them",
-            hint='"tie_word_embeddings": false in config.json uses it',
-        )
     return model
 
 
 @torch.no_grad()
+def fill_model(model: GPT, folder: ModelFolder, seed: int = 0) -> None:
+    """Read a folder's weights into a model: all, or the rows that this process holds."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {tensor.name: tensor for tensor in folder.family.tensors(folder.config)}
+    _fill_extra(folder, parameters, seed)
+    names = {entry: name for name, entry in folder.entries.items()}
+    embedding, copy_of_embedding = held(parameters["embedding.weight"]), None
+    for entry, tensor in read_tensors(folder.entries.values()):
+        if names[entry] in stored:
+            _fill(stored[names[entry]], tensor, parameters)
+        else:
+            copy_of_embedding = tensor[rows_held(parameters["embedding.weight"])].to(embedding, copy=True)
+    if copy_of_embedding is not None and not torch.equal(copy_of_embedding, embedding):
+        raise CheckpointError(
+            f"{folder.path}: {folder.family.head} is not the embedding, though config.json ties them",
+            hint='"tie_word_embeddings": false in config.json uses it',
+        )
+
+
 def _fill_extra(folder: ModelFolder, parameters: dict[str, nn.Parameter], seed: int) -> None:
     """What an objective added, as it was stored; where it is new, zeros, but for heads, which would never learn."""
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(EXTRAS.keys() & parameters.keys()):
         parameters[name].zero_()
         if name in ("pooler.weight", "nsp.weight"):
-            parameters[name].normal_(std=0.02, generator=generator)
+            drawn = torch.empty(parameters[name].shape).normal_(std=0.02, generator=generator)
+            _copy_rows(parameters[name], drawn)
     for entry, tensor in read_tensors(folder.extra.values()):
-        parameters[entry.name].copy_(tensor)
+        _copy_rows(parameters[entry.name], tensor)
 
 
 def load_trained(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> GPT:
@@ -241,26 +248,30 @@ def load_trained(folder: ModelFolder, dtype: torch.dtype = torch.float32) -> GPT
     return load_model(folder, dtype=dtype)
 
 
-def _empty_model(config: GPTConfig, dtype: torch.dtype) -> GPT:
-    """A GPT whose parameters have memory but no values."""
+def empty_model(config: GPTConfig, dtype: torch.dtype, device: str = "cpu") -> GPT:
+    """A GPT whose parameters have no values (and on the device `meta` no memory)."""
     with torch.device("meta"):
         model = GPT(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kept = dtype if parameter.ndim >= 2 else torch.float32  # norms and biases: small, and norms need it
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=kept)))
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=kept, device=device)))
     if config.tied:
         model.head.weight = model.embedding.weight
     return model
 
 
-@torch.no_grad()
 def _fill(stored: Stored, tensor: Tensor, parameters: dict[str, nn.Parameter]) -> None:
     """Copy a stored tensor into the parameters that it is made of."""
     targets = [parameters[name] for name in stored.ours]
     value = tensor.T if stored.transposed else tensor
     for target, part in zip(targets, stored.split(value, [len(p) for p in targets]), strict=True):
-        target.copy_(part)
+        _copy_rows(target, part)
+
+
+def _copy_rows(target: Tensor, value: Tensor) -> None:
+    """Copy the rows of a whole tensor that this process holds."""
+    held(target).copy_(value[rows_held(target)])
 
 
 def upstream_tensors(model: GPT, family: Family, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

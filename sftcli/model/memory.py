@@ -32,9 +32,8 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     frozen = FLOAT if options.base_dtype == "float32" else 2
     blocks = sum(n for name, n in trained.items() if name.startswith("blocks."))
     moments = 2 * learned - (blocks if isinstance(options.optimizer, Muon) else 0)
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if options.device == "auto" else options.device)
     tokens = max(min(forward_tokens(options, device), options.batch_tokens), longest_row)
     found = {
         "weights_bytes": frozen * (count - learned) + FLOAT * learned,

@@ -9,7 +9,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from sftcli import recipe
 from sftcli.model.gpt import GPT
-from sftcli.model.processes import shard_of
+from sftcli.model.shards import TensorFiles
 
 LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
 LR_TABLE = 1e-2  # of a prefix by itself: no matrix multiplies what it learns
@@ -90,12 +90,13 @@ def state_tensors(model: GPT, optimizers: list[Optimizer]) -> dict[str, torch.Te
     }
 
 
-def load_state_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `state_tensors` took."""
+def load_state_tensors(model: GPT, optimizers: list[Optimizer], stored: TensorFiles) -> None:
+    """Put back what `state_tensors` took. Raises KeyError, ValueError."""
     parameters = dict(model.named_parameters())
     owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, value in tensors.items():
+    for name in filter(lambda name: "/" in name, stored):  # others are no parameter's
         parameter, _, key = name.rpartition("/")
         p = parameters[parameter]
         # fused AdamW counts its steps (a number) on the device, too
-        owner[id(p)].state[p][key] = shard_of(value, p) if value.shape == p.shape else value.to(p.device)
+        value = stored.read_like(name, p) if stored.shape(name) else stored.read(name).to(p.device)
+        owner[id(p)].state[p][key] = value

@@ -2,7 +2,7 @@
 
 Every process runs the same program over the same rows. It knows all rows of a step and computes the gradients of its
 share; torch (DDP or FSDP2) adds gradients up; a step divides by the weight of all its rows, which each process knows by
-itself. Only process 0 talks and writes.
+itself. Only process 0 talks, and writes all but the shards of a checkpoint that others hold.
 """
 
 import gc
@@ -65,10 +65,18 @@ class World:
         torch.cuda.set_device(local)
         return f"cuda:{local}"
 
-    def place(self, model: nn.Module, device: torch.device, parallel: str) -> None:
-        """Bring a model to the device: all of it (ddp: the same in each process), or this process's shards (fsdp)."""
-        if self.size > 1 and parallel == "fsdp":
-            _shard(model, device)
+    def spreads(self, parallel: str) -> bool:
+        """Whether a model is shared out, so that no process needs all of it."""
+        return self.size > 1 and parallel == "fsdp"
+
+    def place(
+        self, model: nn.Module, device: torch.device, parallel: str, fill: Callable[[], None] | None = None
+    ) -> None:
+        """Bring a model to the device: all of it (ddp: the same in each process), or this process's shards (fsdp).
+
+        `fill` gives parameters of a spread model values where they are on the device `meta`."""
+        if self.spreads(parallel):
+            _shard(model, device, fill)
             return
         model.to(device)
         if self.size > 1:
@@ -135,24 +143,42 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MIN)
         return int(found)
 
-    # ---- what only process 0 does
+    # ---- what process 0 does for all, and what each tells all
 
     def path(self, path: Path) -> Path:
         """Where to write what process 0 writes to `path`."""
         return path if self.first else Path(os.devnull)
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
-        """What process 0 computes (plain JSON), in every process; they wait for it as long as it takes."""
+        """What process 0 computes (plain JSON), in every process; they wait for it as long as it takes.
+
+        Where it fails, all raise its error."""
+        (found,) = self._told_by([0], compute, PATIENCE)
+        return found
+
+    def from_each(self, compute: Callable[[], Any]) -> list[Any]:
+        """What each process computes (plain JSON), by rank, in every process; where one fails, all raise its error.
+
+        Shares take alike: once it has its own, process 0 gives the others `timeout`, and all wait for process 0."""
+        return self._told_by(range(self.size), compute, self.timeout if self.first else PATIENCE)
+
+    def _told_by(self, ranks: Sequence[int], compute: Callable[[], Any], patience: float) -> list[Any]:
         if self.store is None:
-            return compute()
+            return [compute()]
         self._told += 1
-        key = f"told/{self._told}"
-        if self.first:
-            self.store.set(key, msgspec.json.encode(compute()).decode())
-        self._without([key], PATIENCE)  # the store's own waiting hears no signals, and complains on stderr
-        value = msgspec.json.decode(self.store.get(key))
+        keys = [f"told/{self._told}/{rank}" for rank in ranks]
+        own = None
+        if self.rank in ranks:
+            answer, own = _answer(compute)
+            self.store.set(keys[self.rank], answer)
+        if self._without(keys, patience):  # the store's own waiting hears no signals, and complains on stderr
+            raise dist.DistError("a process does not come")
+        told = [msgspec.json.decode(self.store.get(key)) for key in keys]
         self.meet()  # process 0 may hold the store: it stays until all have read it
-        return value
+        for rank, (_, error) in zip(ranks, told, strict=True):
+            if error:
+                raise own if own and rank == self.rank else SftError(*error)
+        return [found for found, _ in told]
 
     def meet(self) -> None:
         """Wait until every process is here. (dist.barrier would ask GPUs, before each process has its own.)"""
@@ -200,10 +226,22 @@ class World:
         """Those of the keys that nobody sets in time."""
         if not self.store:
             return []
-        deadline = time.monotonic() + seconds
+        deadline, pause = time.monotonic() + seconds, 0.001
         while (missing := [key for key in keys if not self.store.check([key])]) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
         return missing
+
+
+def _answer(compute: Callable[[], Any]) -> tuple[str, SftError | None]:
+    """(found, error) of a computation as JSON; the error as itself, too."""
+    found, error = None, None
+    try:
+        found = compute()
+    except SftError as raised:
+        error = raised
+    said = (str(error), int(error.code), error.hint) if error else None
+    return msgspec.json.encode((found, said)).decode(), error
 
 
 def is_worker() -> bool:
@@ -281,17 +319,25 @@ def filler(rows: Sequence[Row]) -> list[Row]:
     return [min(rows, key=lambda row: len(row.input_ids))]
 
 
-def _shard(model: nn.Module, device: torch.device) -> None:
+def _shard(model: nn.Module, device: torch.device, fill: Callable[[], None] | None) -> None:
     """FSDP2 over all processes: each block by itself, then what is left; gradients are sums, too."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = model.get_submodule("blocks")
-    for part in (*blocks.children(), model):
-        shard = fully_shard(part, mesh=mesh)
-        shard.set_gradient_divide_factor(1.0)
-        shard.set_force_sum_reduction_for_comms(True)
+    parts = [fully_shard(part, mesh=mesh) for part in (*model.get_submodule("blocks").children(), model)]
+    for part in parts:
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    if fill:
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        fill()
+    parts[-1]._get_fsdp_state()._lazy_init()  # what runs first takes itself for the root: a block, where it decodes
+    # Makes the tensors that are kept for whole weights: made in inference mode, no step could use them. Ties again
+    # what `_apply` has parted.
+    for part in parts:
+        part.unshard()
+        part.reshard()
 
 
 @contextmanager
@@ -313,15 +359,6 @@ def together(model: nn.Module) -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which this process may hold only a shard; all processes must ask together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def shard_of(value: Tensor, like: Any) -> Tensor:
-    """The part of a whole tensor that this process holds of `like`, on its device (often all of it)."""
-    if not hasattr(like, "full_tensor"):
-        return value.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def collect(model: nn.Module, world: World) -> None:

@@ -1,34 +1,35 @@
 """What a checkpoint holds: all that a later process needs to go on as if nothing had happened.
 
-Weights and optimizer state as safetensors, the rest as JSON. Order, learning rate and dropout are functions of
-(seed, step) and need no state. The folders themselves are manifest.py's.
+Weights and optimizer state as safetensors (of what is spread over processes, a file of each), the rest as JSON. Order,
+learning rate and dropout are functions of (seed, step) and need no state. The folders themselves are manifest.py's.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 
 from sftcli import manifest
-from sftcli.artifacts import atomic_folder, read_json, write_json
+from sftcli.artifacts import atomic_folder, cannot_write, read_json, to_disk, write_json
 from sftcli.errors import CheckpointError, Exit, SftError
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import load_state_tensors, state_tensors
-from sftcli.model.processes import shard_of
+from sftcli.model.processes import World
+from sftcli.model.shards import TensorFiles, file_name, held, is_shared_out
 from sftcli.model.tensorfile import write_tensors
 from sftcli.recipe import Train
 
 TRAINED, STATE, OPTIMIZER = "trained.safetensors", "state.json", "optimizer.safetensors"
 RNG = "rng"  # torch's CPU generator, beside the optimizer's tensors
-DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError)  # what a broken file ends in
+DAMAGE = (KeyError, ValueError, TypeError, RuntimeError)  # what tensors end in that do not fit
 
 
 def tensors_of(model: GPT, optimizers: list[Optimizer]) -> dict[str, Mapping[str, Tensor]]:
@@ -52,38 +53,85 @@ def save(
     facts: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    world: World | None = None,
 ) -> Path:
     """Write checkpoints/step-N, then let go of all but the newest `keep` (and the best).
 
-    Raises SftError: exit 6 where it cannot be written, 4 for a number that is not finite. The checkpoints before it
-    are then as they were.
+    Each process writes what it holds, the first one the rest. Raises SftError, the same in all of them: exit 6 where it
+    cannot be written, 4 for a number that is not finite. The checkpoints before it are then as they were.
     """
-    folder = manifest.folder_of(run, step)
-    try:
-        with atomic_folder(folder) as made:
-            sums = {name: write_tensors(made / name, values) for name, values in tensors.items()}
+    folder, world = manifest.folder_of(run, step), world or World()
+    size = sum(value.nbytes for values in tensors.values() for value in values.values())
+    with ExitStack() as unpublished:
+
+        @_told_of(folder, size)
+        def begin() -> str:
+            return str(unpublished.enter_context(atomic_folder(folder)))
+
+        @_told_of(folder, size)
+        def write() -> dict[str, tuple[int, int]]:
+            return _write_held(made, folder, tensors, world)
+
+        @_told_of(folder, size)
+        def publish() -> None:
             write_json(made / STATE, {"step": step, **facts})
-            sums[STATE] = manifest.crc32_of(made / STATE)[1]
+            sums[STATE] = manifest.crc32_of(made / STATE)
             manifest.seal(made, step, run_id, sums)
             manifest.make_room(folder)
-        manifest.rotate(folder, run_id, keep, best)
-    except SftError as error:
-        if error.code != Exit.WRITE:
-            raise
-        size = sum(value.nbytes for values in tensors.values() for value in values.values())
-        free = shutil.disk_usage(run).free
-        told = f"{error}; a checkpoint takes {size:,} bytes, {free:,} are free"
-        raise SftError(told, Exit.WRITE, hint="the one before it is whole: --resume goes on from there") from None
+            unpublished.close()  # all is on disk, and has its name
+            manifest.rotate(folder, run_id, keep, best)
+
+        made = Path(world.from_first(begin))
+        sums = {name: sum_ for of_one in world.from_each(write) for name, sum_ in of_one.items()}
+        world.from_first(publish)
     return folder
 
 
+def _write_held(
+    made: Path, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], world: World
+) -> dict[str, tuple[int, int]]:
+    """Write this process's share of the tensors: (bytes, crc32) of its files. `folder`: what they are called later."""
+    sums = {}
+    for name, values in tensors.items():
+        if any(map(is_shared_out, values.values())):
+            name = file_name(name, world.rank + 1, world.size)
+        elif not world.first:
+            continue
+        own = {key: held(value) for key, value in values.items() if world.first or is_shared_out(value)}
+        try:
+            sums[name] = write_tensors(made / name, own)
+            if not world.first:  # on a machine of its own, maybe
+                to_disk(made / name)
+        except OSError as error:
+            raise cannot_write(folder / name, error) from None
+    return sums
+
+
+@contextmanager
+def _told_of(folder: Path, size: int) -> Iterator[None]:
+    """Where a checkpoint cannot be written, the error tells its size, and for how much there is room."""
+    try:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+    except SftError as error:
+        if error.code != Exit.WRITE:
+            raise
+        free = shutil.disk_usage(folder.parent.parent).free
+        told = f"{error}; a checkpoint takes {size:,} bytes, {free:,} are free"
+        raise SftError(told, Exit.WRITE, hint="the one before it is whole: --resume goes on from there") from None
+
+
 def load(folder: Path, model: GPT, optimizers: list[Optimizer]) -> dict[str, Any]:
-    """Put a checkpoint back into a model and its optimizers; returns its facts. Raises CheckpointError."""
+    """Put a checkpoint back into a model and its optimizers, however they and it are spread; returns its facts.
+
+    Raises CheckpointError."""
     facts = read_facts(folder)
     load_weights(folder, model)
-    state = read_tensors(folder / OPTIMIZER)
+    state = tensor_files(folder, OPTIMIZER)
     try:
-        torch.set_rng_state(state.pop(RNG))
+        torch.set_rng_state(state.read(RNG))
         load_state_tensors(model, optimizers, state)
     except DAMAGE as error:
         raise CheckpointError(f"{folder / OPTIMIZER} is damaged: {error}") from None
@@ -97,24 +145,23 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A file of tensors, by plain reads: of a map, what another process cuts off would kill this one."""
-    try:
-        return load_file(path, backend="pread")
-    except DAMAGE as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+def tensor_files(folder: Path, name: str) -> TensorFiles:
+    """Of a checkpoint: the file of that name, or those of the processes that wrote it. Raises CheckpointError."""
+    stem, _, suffix = name.rpartition(".")
+    shape = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.{suffix}")
+    return TensorFiles(sorted(folder / file for file in manifest.manifest_of(folder)["files"] if shape.fullmatch(file)))
 
 
+@torch.no_grad()
 def load_weights(folder: Path, model: GPT) -> None:
-    """Only the weights of a checkpoint (the best one, at the end of a run with patience)."""
+    """Only the weights of a checkpoint (the best one, at the end of a run with patience). Raises CheckpointError."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = read_tensors(folder / TRAINED)
+    found = tensor_files(folder, TRAINED)
     try:
         if missing := set(parameters) - set(found):
             raise KeyError(min(missing))
-        for name, value in found.items():
-            with torch.no_grad():
-                parameters[name].copy_(shard_of(value, parameters[name]))
+        for name in found:
+            parameters[name].copy_(found.read_like(name, parameters[name]))
     except DAMAGE as error:
         raise CheckpointError(f"{folder / TRAINED} is damaged: {error}") from None
 

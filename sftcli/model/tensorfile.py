@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sftcli.artifacts import CHUNK, read_json, write_json
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
-from sftcli.model.processes import whole
 from sftcli.tensorheader import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,7 +73,7 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder / name for name in set(weight_map.values()))
 
 
-def read_entries(path: Path) -> list[Entry]:
+def read_entries(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[Entry]:
     """What a safetensors file holds. Raises CheckpointError where header and file do not agree."""
     try:
         with open(path, "rb") as file:
@@ -82,18 +81,18 @@ def read_entries(path: Path) -> list[Entry]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     return [
-        Entry(path, name, _dtype(path, name, said["dtype"]), tuple(said["shape"]), begin + start, begin + end)
+        Entry(path, name, _dtype(path, name, said["dtype"], dtypes), tuple(said["shape"]), begin + start, begin + end)
         for name, said in tensors.items()
         for start, end in [said["data_offsets"]]
     ]
 
 
-def _dtype(path: Path, name: str, dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
+def _dtype(path: Path, name: str, dtype: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    if dtype not in dtypes:
         raise CheckpointError(
-            f"{path}: tensor {name} is stored as {dtype}", hint=f"only {', '.join(DTYPES)} can be loaded"
+            f"{path}: tensor {name} is stored as {dtype}", hint=f"only {', '.join(dtypes)} can be loaded"
         )
-    return DTYPES[dtype]
+    return dtypes[dtype]
 
 
 def read_tensors(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor]]:
@@ -120,18 +119,18 @@ def _mapped(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} cannot be mapped: {error}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write safetensors; returns the crc32 of the file. Raises SftError (exit 4) for a number that is not finite.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Write safetensors; returns (bytes, crc32) of the file. Raises SftError (exit 4) for a number that is not finite.
 
     The library's own writer gives no error number where the disk is full, and publishes files with mode 0600.
     """
-    crc = 0
+    size = crc = 0
     path.unlink(missing_ok=True)  # cutting off a file that somebody has mapped would kill them
     with open(path, "xb") as file:
         for data in _pieces(tensors):
-            crc = zlib.crc32(data, crc)
+            size, crc = size + len(data), zlib.crc32(data, crc)
             file.write(data)
-    return crc
+    return size, crc
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -147,11 +146,11 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        value = whole(tensors[name].detach())
+        value = tensors[name].detach()
         if not is_finite(value):
             raise SftError(f"tensor {name} has a number that is not finite: it is not saved", Exit.DIVERGED)
         value = value.cpu().contiguous()  # lives until its last piece is written
-        data = memoryview((ctypes.c_ubyte * value.nbytes).from_address(value.data_ptr())) if value.nbytes else b""
+        data = memory_of(value)
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]
 
@@ -161,10 +160,9 @@ def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def hand_over(tensors: Mapping[str, Tensor]) -> None:
-    """What the other processes do while the first writes tensors: give it their shards, one by one."""
-    for name in _in_order(tensors):
-        whole(tensors[name].detach())
+def memory_of(value: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in main memory, which must outlive them."""
+    return memoryview((ctypes.c_ubyte * value.nbytes).from_address(value.data_ptr()))
 
 
 def is_finite(value: Tensor) -> bool:

@@ -6,12 +6,10 @@ import platform
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
 import sftcli
 from sftcli import artifacts, console, manifest
@@ -19,7 +17,6 @@ from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.processes import typed
-from sftcli.model.tensorfile import hand_over
 from sftcli.model.training import Report
 from sftcli.stages.training_job import ARRIVING, HOW, Job, best_step
 
@@ -30,11 +27,13 @@ STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER)  # what a new training run repl
 def begin(job: Job, resumed: bool) -> int:
     """Start a run over or go on with it, once nothing speaks against it; returns the steps that are done."""
     recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
-    folder = _newest_whole(job, recorded.get("id")) if resumed else None
-    _check_room(job, manifest.step_of(folder) if folder else 0)
+    world = job.engine.world
+    named = world.from_first(lambda: _newest_whole(job, recorded.get("id"))) if resumed else None
+    folder = Path(named) if named else None
+    world.from_first(lambda: _check_room(job, manifest.step_of(folder) if folder else 0))
     step = _go_on(job, folder) if folder else 0
-    job.engine.world.meet()  # every process has read what it needs of the run, before the first of them changes it
-    if job.engine.world.first:
+    world.meet()  # every process has read what it needs of the run, before the first of them changes it
+    if world.first:
         _clear(job, folder) if folder else _start_over(job, recorded.get("id"), resumed)
         if Path(job.rows.path) == job.run / ARRIVING:
             os.replace(job.rows.path, job.run / artifacts.ROWS)
@@ -87,7 +86,7 @@ def _checkpoints_to_come(job: Job, done: int) -> int:
     return min(math.ceil(plan.steps / every) - done // every, max(at_once - there, 1))
 
 
-def _newest_whole(job: Job, own: str | None) -> Path | None:
+def _newest_whole(job: Job, own: str | None) -> str | None:
     """The newest checkpoint of this run that is whole; None where there is none at all. Raises CheckpointError."""
     owned = [(folder, manifest.owner_of(folder)) for folder in reversed(manifest.checkpoints(job.run))]
     own = own or next((owner for _, owner in owned if owner), None)  # run.json may be gone
@@ -99,7 +98,7 @@ def _newest_whole(job: Job, own: str | None) -> Path | None:
         damage = manifest.damage_of(folder)
         if not damage:
             job.id = own or ""
-            return folder
+            return str(folder)
     if damage:
         raise CheckpointError(f"{damage}; no checkpoint is whole", hint="start a new run with another -o")
     return None
@@ -160,24 +159,19 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 def save_checkpoint(job: Job, step: int) -> None:
-    """Process 0 writes, whole tensors whatever the processes hold; they wait until it has."""
+    """Write a checkpoint, all processes together. Raises SftError in all of them."""
+    job.engine.world.from_first(lambda: _logs_to_disk(job.run))
+    facts = {"settings": job.settings, "best": job.best, "since_best": job.since_best, "pending": job.pending}
     tensors = resume.tensors_of(job.model, job.optimizers)
-    if job.engine.world.first:
-        _save(job, step, tensors)
-    else:
-        for values in tensors.values():
-            hand_over(values)
-    job.engine.world.from_first(lambda: None)
+    resume.save(job.run, job.id, step, tensors, facts, job.options.keep, best_step(job), job.engine.world)
 
 
-def _save(job: Job, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    facts: dict[str, Any] = {"settings": job.settings, "best": job.best, "since_best": job.since_best}
-    facts["pending"] = job.pending
-    for name in (METRICS, SAMPLES):  # or after a power cut the checkpoint could be ahead of its log
+def _logs_to_disk(run: Path) -> None:
+    """Or after a power cut a checkpoint could be ahead of its log."""
+    for name in (METRICS, SAMPLES):
         try:
-            artifacts.to_disk(job.run / name)
+            artifacts.to_disk(run / name)
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise artifacts.cannot_write(job.run / name, error) from None
-    resume.save(job.run, job.id, step, tensors, facts, job.options.keep, best_step(job))
+            raise artifacts.cannot_write(run / name, error) from None

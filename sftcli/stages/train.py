@@ -333,7 +333,7 @@ def _finish(job: Job, base: str) -> Outcome:
 
 def _load_best(job: Job, step: int) -> None:
     folder = manifest.folder_of(job.run, step)
-    if damage := manifest.damage_of(folder):
+    if damage := job.engine.world.from_first(lambda: manifest.damage_of(folder)):
         raise CheckpointError(damage, hint="it held the best weights; the last ones are in the newest checkpoint")
     resume.load_weights(folder, job.model)
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +17,18 @@ from sftcli.errors import DataError, UsageError
 from sftcli.lines import name_of
 from sftcli.model import optim
 from sftcli.model.adapters import adapt, peft
+from sftcli.model.adapters.lora import measure
 from sftcli.model.adapters.prefix import shortened
 from sftcli.model.batches import weight_of
-from sftcli.model.checkpoint import DTYPES, ModelFolder, add_block_positions, add_masked_lm, load_model
+from sftcli.model.checkpoint import (
+    DTYPES,
+    ModelFolder,
+    add_block_positions,
+    add_masked_lm,
+    empty_model,
+    fill_model,
+    load_model,
+)
 from sftcli.model.dataset import column, fitting_rows, split, trained_stops
 from sftcli.model.gpt import GPT
 from sftcli.model.memory import forward_tokens
@@ -32,7 +41,8 @@ from sftcli.rows import Row, read_rows_jsonl
 from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
-HOW = ("device", "dtype", "micro_batch_tokens", "gradient_checkpointing")  # a step is computed: not which step it is
+# a step is computed: not which step it is
+HOW = ("device", "dtype", "parallel", "micro_batch_tokens", "gradient_checkpointing")
 BLANK = 0.05  # of the usual distance from the mean embedding
 ARRIVING = f".tmp-{artifacts.ROWS}"  # rows that are collected, until it is clear that they are this run's
 FREE_TO_CHANGE = {
@@ -43,7 +53,6 @@ FREE_TO_CHANGE = {
     "checkpoint_every",
     "nonfinite_skips",
     "nproc",
-    "parallel",
     "process_timeout",
 }  # options that no step depends on
 
@@ -172,8 +181,9 @@ def make_job(
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
     engine = _engine(options, world or World())
-    model = _model(options, folder, pairs="next_sentence_label" in rows.columns)
-    engine.world.place(model, engine.device, options.parallel)
+    spread = engine.world.spreads(options.parallel)
+    model, fill = _model(options, folder, "next_sentence_label" in rows.columns, spread)
+    engine.world.place(model, engine.device, options.parallel, fill)
     model.gradient_checkpointing = options.gradient_checkpointing
     lengths = rows.lengths()
     parts = parts_of(rows, train_rows, inputs, options.mix)
@@ -203,6 +213,7 @@ def make_job(
             "device": str(engine.device),
             "dtype": str(engine.dtype),
             "processes": engine.world.size,
+            "parallel": options.parallel,
             "micro_batch_tokens": forward_tokens(options, engine.device),
             "gradient_checkpointing": options.gradient_checkpointing,
             "torch": str(torch.__version__),
@@ -234,17 +245,25 @@ def _engine(options: Train, world: World) -> Engine:
     return replace(engine, world=world)
 
 
-def _model(options: Train, folder: ModelFolder, pairs: bool) -> GPT:
-    """The model to train: all of it, or frozen but for an adapter; a head for `pairs` only where there are some."""
+def _model(options: Train, folder: ModelFolder, pairs: bool, spread: bool) -> tuple[GPT, Callable[[], None] | None]:
+    """The model to train: all of it, or frozen but for an adapter; a head for `pairs` only where there are some.
+
+    One that is `spread` has no values yet: the second result reads them, once each process knows its share."""
     if options.adapter and not folder.has_weights:
         raise UsageError(f"{folder.path} has no weights: an adapter needs a trained base", hint="train without adapter")
-    model = load_model(folder, options.seed, DTYPES[options.base_dtype])
+    later, dtype = spread and folder.has_weights, DTYPES[options.base_dtype]
+    model = empty_model(folder.config, dtype, "meta") if later else load_model(folder, options.seed, dtype)
     if options.adapter:
         adapt(model, folder.family, options.adapter, options.seed)
     for head in (model.pooler, model.nsp):
         if head is not None and not pairs:
             head.requires_grad_(False)
-    return model
+
+    def fill() -> None:
+        fill_model(model, folder, options.seed)
+        measure(model)
+
+    return model, fill if later else None
 
 
 def _lora_plus(options: Train) -> float | None:

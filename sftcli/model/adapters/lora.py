@@ -32,7 +32,7 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = scale, dropout
         self.lora_A = a
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, len(a), device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, len(a), device=a.device))
         self.magnitude = nn.Parameter(row_norms(base.weight.detach().float())) if dora else None
         self._gain: Tensor | None = None
 
@@ -192,7 +192,8 @@ def attach(model: GPT, options: Lora, sites: Sequence[Site], seed: int = 0) -> C
         width = shapes_of(model.config)[site.stored.ours[0]][1]
         drawn = torch.empty(rank, width, device="cpu")
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # U(+-1/sqrt(in))
-        a = nn.Parameter(drawn.to(model.device))
+        # on `meta` the model has no values yet: both move later
+        a = nn.Parameter(drawn if model.device.type == "meta" else drawn.to(model.device))
         for name, base in bases.items():
             assert isinstance(base, nn.Linear)
             model.set_submodule(name, LoraLinear(base, a, scale, options.dropout, options.dora))
@@ -244,6 +245,14 @@ def adapter_name(stored: Stored) -> str:
     if stored.ours[0].startswith("head."):
         return f"{HEAD}.{stored.ours[0].removeprefix('head.')}"
     return stored.name
+
+
+@torch.no_grad()
+def measure(model: GPT) -> None:
+    """DoRA's magnitudes of a base that had no values when it was adapted."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and module.magnitude is not None:
+            module.magnitude.copy_(row_norms(module.weight.float()))
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def shortened(config: GPTConfig, options: recipe.Adapter | None) -> GPTConfig:
 def attach(model: GPT, prefix: PrefixTable) -> Callable[[], None]:
     """Put a prefix before every row; returns what takes it away again."""
     config = model.config
-    model.prefix = prefix.to(model.device)
+    model.prefix = prefix if model.device.type == "meta" else prefix.to(model.device)  # on `meta`: both move later
     model.config = replace(config, context=config.context - prefix.length)
 
     def undo() -> None:
