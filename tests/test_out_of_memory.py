@@ -12,7 +12,7 @@ from sftcli.errors import Exit, OutOfMemory
 from sftcli.model import optim, probe
 from sftcli.model.batches import make_batch, micro_batches
 from sftcli.model.gpt import GPT
-from sftcli.model.memory import FLOAT, activations_per_token
+from sftcli.model.memory import FLOAT, activations_per_token, forward_tokens
 from sftcli.model.probe import available, fitting_tokens, longest_forwards
 from sftcli.model.training import Plan
 from sftcli.stages.train import train
@@ -143,7 +143,7 @@ def test_what_is_tried_changes_neither_weights_nor_random_numbers(base, monkeypa
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers, state = optim.build(model, options.optimizer, 1e-2), torch.get_rng_state()
     plan = Plan(LENGTHS, options)
-    assert fitting_tokens(model, optimizers, some.__getitem__, plan, options, CPU) == options.micro_batch_tokens
+    assert fitting_tokens(model, optimizers, some.__getitem__, plan, options, CPU) == forward_tokens(options, CPU.device)
     assert same_weights(before, dict(model.named_parameters()))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and not optimizers[0].state
@@ -162,7 +162,7 @@ def test_a_cpu_with_ample_memory_tries_nothing_and_one_with_too_little_does_not_
     needed = {n: probe.needed_bytes(model, n, options) for n in (sum(LENGTHS), sum(LENGTHS) // 2)}
     moments = 8 * sum(p.numel() for p in model.parameters())
     assert needed[sum(LENGTHS)] > needed[sum(LENGTHS) // 2]
-    assert fitted(3 * (needed[sum(LENGTHS)] + moments)) == options.micro_batch_tokens and tried == []
+    assert fitted(3 * (needed[sum(LENGTHS)] + moments)) == forward_tokens(options, CPU.device) and tried == []
     assert fitted(needed[sum(LENGTHS)] + moments - 1) == sum(LENGTHS) // 2
     assert sum(LENGTHS) not in tried and tried  # the halves were tried, the whole was not
     with pytest.raises(OutOfMemory):
