@@ -34,7 +34,7 @@ from sftcli.model.adapters import adapt
 from sftcli.model.batches import aligned
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.gpt import GPT
-from sftcli.model.memory import peak_bytes
+from sftcli.model.memory import keep_freed_memory, peak_bytes
 from sftcli.model.training import Plan, choose_engine, train_steps
 from sftcli.recipe import Train
 from sftcli.rowfile import RowFile
@@ -118,6 +118,8 @@ def run_side(side: str, work: Work) -> dict[str, Any]:
     if side in TRL:
         losses, seconds = trl_run(work, TRL[side])
     else:
+        if side == "sft":
+            keep_freed_memory()  # as `sft train` does
         network = our_model(work) if side == "sft" else None
         steps = our_steps(network, work) if network else bare_steps(work.model, work.start, work.steps, work.options)
         found = [timed(steps) for _ in work.steps]
@@ -144,6 +146,7 @@ def agree(losses: dict[str, list[float]]) -> float:
 
 def in_turn(work: Work) -> tuple[dict[str, list[float]], Limit, float]:
     """(seconds of every step but the first by side, the limit, how far losses are apart), step by step in turn."""
+    keep_freed_memory()  # as `sft train` does; the other side has it, too
     network = our_model(work)
     sides = {
         "sft": our_steps(network, work),

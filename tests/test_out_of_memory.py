@@ -143,7 +143,9 @@ def test_what_is_tried_changes_neither_weights_nor_random_numbers(base, monkeypa
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers, state = optim.build(model, options.optimizer, 1e-2), torch.get_rng_state()
     plan = Plan(LENGTHS, options)
-    assert fitting_tokens(model, optimizers, some.__getitem__, plan, options, CPU) == forward_tokens(options, CPU.device)
+    assert fitting_tokens(model, optimizers, some.__getitem__, plan, options, CPU) == forward_tokens(
+        options, CPU.device
+    )
     assert same_weights(before, dict(model.named_parameters()))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and not optimizers[0].state

@@ -358,8 +358,7 @@ def _line(
         fills = [codec.decode([token]) for token in done.ids]
         text = codec.decode(cloze.filled(ask.row, done.ids))
     else:
-        unfinished = not done.ends or done.ends[-1] < len(done.ids)
-        bounds = [0, *done.ends, *([len(done.ids)] if unfinished else [])]
+        bounds = [0, *done.ends, *([len(done.ids)] if done.ends[-1:] != [len(done.ids)] else [])]
         fills = [codec.decode(done.ids[a:b]) for a, b in pairwise(bounds)]
         text = "\n".join(fills)
     for stop in texts:
