@@ -272,6 +272,7 @@ class Train(Options):
     seed: Seed = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    deterministic: bool = False  # on a GPU: kernels that give the same bits every time, slower; a CPU's do anyway
     nproc: Positive = 1  # processes on this machine; under torchrun its own number
     parallel: Literal["ddp", "fsdp"] = "ddp"  # what each process holds: the whole model, or a share of it
     process_timeout: Positive = 120  # seconds that processes wait for one of them before they give up

@@ -166,6 +166,18 @@ def test_rows_from_json_lines_train_the_same_weights_as_the_row_file(base, rows,
     assert list(RowFile(tmp_path / "b" / "rows.safetensors")) == list(RowFile(rows))
 
 
+def test_deterministic_run_asks_torch_for_it_and_gives_the_weights_of_any_other(base, rows, tmp_path, monkeypatch):
+    expected = train(options_of(), rows, str(base), str(tmp_path / "a")).sha256
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        found = train(options_of("deterministic=true"), rows, str(base), str(tmp_path / "b")).sha256
+        assert torch.are_deterministic_algorithms_enabled() and os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == expected
+
+
 @pytest.mark.parametrize("settings", [("micro_batch_tokens=1",), ("gradient_checkpointing=true",)], ids=str)
 def test_how_a_step_is_computed_changes_no_step(base, rows, tmp_path, settings):
     train(options_of("epochs=1"), rows, str(base), str(tmp_path / "a"))

@@ -42,7 +42,7 @@ from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
 # a step is computed: not which step it is
-HOW = ("device", "dtype", "parallel", "micro_batch_tokens", "gradient_checkpointing")
+HOW = ("device", "dtype", "parallel", "deterministic", "micro_batch_tokens", "gradient_checkpointing")
 BLANK = 0.05  # of the usual distance from the mean embedding
 ARRIVING = f".tmp-{artifacts.ROWS}"  # rows that are collected, until it is clear that they are this run's
 FREE_TO_CHANGE = {
@@ -214,6 +214,7 @@ def make_job(
             "dtype": str(engine.dtype),
             "processes": engine.world.size,
             "parallel": options.parallel,
+            "deterministic": options.deterministic,
             "micro_batch_tokens": forward_tokens(options, engine.device),
             "gradient_checkpointing": options.gradient_checkpointing,
             "torch": str(torch.__version__),
@@ -240,6 +241,10 @@ def _add_tables(options: Train, folder: ModelFolder, rows: RowFile, where: str) 
 
 def _engine(options: Train, world: World) -> Engine:
     """A base in bfloat16 computes in bfloat16 where nothing else is asked."""
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when a GPU is first used
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True)
     small = options.base_dtype == "bfloat16" and options.dtype == "auto"
     engine = choose_engine(world.device(options.device), "bfloat16" if small else options.dtype)
     return replace(engine, world=world)
