@@ -49,7 +49,13 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {found.get('format')!r} is not {FORMAT!r}")
     files = found.get("files")
     whole = isinstance(files, dict) and all(
-        isinstance(entry, dict) and set(entry) == {"bytes", "crc32"} and Path(name).name == name
+        isinstance(entry, dict)
+        and set(entry) == {"bytes", "crc32"}
+        and type(entry["bytes"]) is int
+        and isinstance(entry["crc32"], str)
+        and Path(name).name == name
+        and name != ".."
+        and "\0" not in name
         for name, entry in files.items()
     )
     if not whole or not isinstance(found.get("run"), str) or found.get("step") != step_of(folder):

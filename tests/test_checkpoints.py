@@ -353,6 +353,29 @@ def test_other_rows_are_trained_from_the_checkpoint_on_where_that_is_allowed(don
     assert re.search(r"warning: train: the rows changed \(was .*\): the run goes on with them", capsys.readouterr().err)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert [line["rows"] for line in metrics(run)][4:] == [line["rows"] for line in metrics(tmp_path / "other")][4:]
+    said, of_others = (artifacts.read_json(folder / "run.json") for folder in (run, tmp_path / "other"))
+    assert said["rows"] == of_others["rows"]
+
+
+def test_rows_for_fewer_steps_than_are_done_are_refused(done, tmp_path):
+    run, base, lines = tmp_path / "run", str(done[0]), tmp_path / "rows.jsonl"
+    rows = make_rows([9, 7, 12, 8, 6, 5], prompt=2, tokenizer=tokenizer_hash(done[0]))
+    options = options_of("batch_rows=1", "epochs=1", "checkpoint_every=1", "allow_data_change=true")
+    train(options, write_jsonl(lines, rows), base, str(run))
+    with pytest.raises(UsageError, match=r"6 steps are done, these rows make 2"):
+        train(options, write_jsonl(lines, rows[:2]), base, str(run), resumed=True)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bytes": "12", "crc32": "0"}, {"bytes": 12, "crc32": 0}, {"bytes": 12.5, "crc32": "0"}]
+)
+@pytest.mark.parametrize("name", ["state.json", "..", "a\0b"])
+def test_a_manifest_that_says_nonsense_is_damaged(run, entry, name):
+    folder = manifest.checkpoints(run)[-1]
+    said = json.loads((folder / "manifest.json").read_text())
+    said["files"] = {name: entry}
+    (folder / "manifest.json").write_text(json.dumps(said))
+    assert str(manifest.damage_of(folder)).endswith("manifest.json is damaged")
 
 
 def test_the_rows_of_every_step_are_named_in_the_metrics(done, run):

@@ -111,6 +111,14 @@ def test_what_a_piece_has_made_is_made_again_instead_of_kept():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
 
 
+def test_what_was_changed_since_a_piece_made_it_is_kept_as_it_is():
+    x, layer = draw(40, 64).requires_grad_(), layer_of(64, 48, 0)
+    made = rms_norm(x, draw(64, seed=2), 1e-5)
+    made.mul_(2)
+    together(made, [layer])[0].sum().backward()
+    torch.testing.assert_close(layer.weight.grad, made.detach().sum(0).expand(48, 64), rtol=1e-5, atol=1e-4)
+
+
 def test_dropout_before_an_adapter_leaves_the_base_as_it_is():
     layer, x = layer_of(24, 40, 0, rank=2, dropout=0.999999), draw(6, 24)
     other = layer_of(24, 40, 7)

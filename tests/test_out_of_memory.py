@@ -144,7 +144,7 @@ def test_what_is_tried_changes_neither_weights_nor_random_numbers(base, monkeypa
     optimizers, state = optim.build(model, options.optimizer, 1e-2), torch.get_rng_state()
     plan = Plan(LENGTHS, options)
     assert fitting_tokens(model, optimizers, some.__getitem__, plan, options, CPU) == forward_tokens(
-        options, CPU.device
+        options, CPU.device.type
     )
     assert same_weights(before, dict(model.named_parameters()))
     assert torch.equal(torch.get_rng_state(), state)
@@ -164,7 +164,7 @@ def test_a_cpu_with_ample_memory_tries_nothing_and_one_with_too_little_does_not_
     needed = {n: probe.needed_bytes(model, n, options) for n in (sum(LENGTHS), sum(LENGTHS) // 2)}
     moments = 8 * sum(p.numel() for p in model.parameters())
     assert needed[sum(LENGTHS)] > needed[sum(LENGTHS) // 2]
-    assert fitted(3 * (needed[sum(LENGTHS)] + moments)) == forward_tokens(options, CPU.device) and tried == []
+    assert fitted(3 * (needed[sum(LENGTHS)] + moments)) == forward_tokens(options, CPU.device.type) and tried == []
     assert fitted(needed[sum(LENGTHS)] + moments - 1) == sum(LENGTHS) // 2
     assert sum(LENGTHS) not in tried and tried  # the halves were tried, the whole was not
     with pytest.raises(OutOfMemory):

@@ -125,6 +125,8 @@ def test_dry_run_counts_steps_and_touches_nothing(recipe_run: Path) -> None:
     done = shell(f"{SFT} run dry.yaml --dry-run", recipe_run)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
+    elsewhere = shell(f"{SFT} run dry.yaml --dry-run --set train.device=gpu", recipe_run)
+    assert json.loads(elsewhere.stdout.splitlines()[-1])["memory_bytes"] >= figures["memory_bytes"]
     assert figures["rows"] == 120
     assert figures["steps"] >= 3 * figures["tokens"] / 1024
     assert figures["memory_bytes"] > figures["weights_bytes"] == 4 * figures["parameters"]

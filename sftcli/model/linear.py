@@ -93,7 +93,7 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _groups(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[list[int]]:
-    """Which weights are multiplied at once: narrow ones that learn (an adapter's), every other by itself."""
+    """Which weights are multiplied at once: narrow ones that learn, mostly an adapter's; others by themselves."""
     narrow = [
         i
         for i, (w, b) in enumerate(zip(weights, biases, strict=True))

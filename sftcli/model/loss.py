@@ -67,7 +67,7 @@ class _ProjectedLoss(torch.autograd.Function):
             w = weights[part] * torch.exp(-nll[part]) if options.dft else weights[part]
             loss[part] = w * token_loss(nll[part], logits, log_total.squeeze(1), options)
             entropy[part] = log_total.squeeze(1) - logits.mul_(p).sum(-1)  # the logits' last use
-            if grads[0] is None and grads[1] is None:
+            if all(grad is None for grad in grads):
                 continue
             g = gradient_(p, y, log_total, options)  # d(loss)/d(logits), unweighted
             if isinstance(slope, Tensor) or slope != 1.0:

@@ -33,7 +33,7 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     blocks = sum(n for name, n in trained.items() if name.startswith("blocks."))
     moments = 2 * learned - (blocks if isinstance(options.optimizer, Muon) else 0)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if options.device == "auto" else options.device)
+    device = auto if options.device == "auto" else options.device
     tokens = max(min(forward_tokens(options, device), options.batch_tokens), longest_row)
     found = {
         "weights_bytes": frozen * (count - learned) + FLOAT * learned,
@@ -50,12 +50,12 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     }
 
 
-def forward_tokens(options: Train, device: torch.device) -> int:
+def forward_tokens(options: Train, device: str) -> int:
     """The most tokens of one forward. On a CPU products gain nothing beyond some hundreds of rows; the gradients of a
     full fine-tune are added up once for each forward."""
     if options.micro_batch_tokens:
         return options.micro_batch_tokens
-    return 8192 if device.type != "cpu" else 1024 if options.adapter else 2048
+    return 8192 if device != "cpu" else 1024 if options.adapter else 2048
 
 
 def logits_bytes(config: GPTConfig) -> int:

@@ -15,7 +15,13 @@ Source = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a cheap function, a
 
 def made_of(x: Tensor) -> Source | None:
     """What a product of x may keep instead of x, if a piece of this file has made it: that is kept anyway."""
-    return getattr(x, "made_of", None)
+    source, version = getattr(x, "made_of", (None, 0))
+    return source if x._version == version else None  # changed in place it is something else
+
+
+def _noted(y: Tensor, make: Callable[..., Tensor], *of: Tensor) -> Tensor:
+    y.made_of = (make, of), y._version  # type: ignore[attr-defined]
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,8 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled():
         return _scaled(x, _inverse_rms(x, eps), weight)
     y, r = _RMSNorm.apply(x, weight, eps)
-    y.made_of = _scaled, (x, r, weight)
-    return y
+    return _noted(y, _scaled, x, r, weight)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -87,9 +92,7 @@ def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> T
 
     if not torch.is_grad_enabled():
         return make(gate, up)
-    y = _Gated.apply(gate, up, activation)
-    y.made_of = make, (gate, up)
-    return y
+    return _noted(_Gated.apply(gate, up, activation), make, gate, up)
 
 
 class _Turned(torch.autograd.Function):

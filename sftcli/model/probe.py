@@ -49,7 +49,7 @@ def fitting_tokens(
     start: int = 0,
 ) -> int:
     """The micro_batch_tokens that fit: those of the options, or half of them, and so on. Raises OutOfMemory."""
-    limit = forward_tokens(options, engine.device)
+    limit = forward_tokens(options, engine.device.type)
     moments = 0 if any(o.state for o in optimizers) else 2 * FLOAT * _trained(model)  # come with the first step
     if start == plan.steps or (engine.device.type == "cpu" and _ample(model, plan, options, limit, moments)):
         return limit

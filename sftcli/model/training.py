@@ -127,7 +127,7 @@ def train_steps(
         if options.dropout or (options.adapter and options.adapter.dropout):
             # dropout too is a function of (seed, step), and of the process
             torch.manual_seed(engine.world.seed((options.seed << 32) + number))
-        limit = forward_tokens(options, engine.device)
+        limit = forward_tokens(options, engine.device.type)
         with told_if_out_of_memory(rows, limit, engine.device):
             sums = accumulate(model, rows, limit, engine, options.loss, (options.seed, number))
             sums = sums.over(engine.world)

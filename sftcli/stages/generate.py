@@ -100,7 +100,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     first, groups = _first_batch(groups, options.batch_size)
     if show_batch:
         _show_table(first, options, adapters[0][1])
-    rows = 1 if options.deterministic else max(len(first), 1)
+    rows = 1 if options.deterministic else options.batch_size if source == "-" else max(len(first), 1)
     waiting = [list(chain.from_iterable(groups))] if len(adapters) > 1 else groups  # a list can be asked again
 
     def answers(prompts: Iterable[Prompt]) -> Iterator[Completion]:

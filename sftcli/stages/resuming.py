@@ -34,7 +34,7 @@ def begin(job: Job, resumed: bool) -> int:
     step = _go_on(job, folder) if folder else 0
     world.meet()  # every process has read what it needs of the run, before the first of them changes it
     if world.first:
-        _clear(job, folder) if folder else _start_over(job, recorded.get("id"), resumed)
+        _clear(job, folder, recorded) if folder else _start_over(job, recorded.get("id"), resumed)
         if Path(job.rows.path) == job.run / ARRIVING:
             os.replace(job.rows.path, job.run / artifacts.ROWS)
             job.rows.path = str(job.run / artifacts.ROWS)
@@ -79,7 +79,9 @@ def _check_room(job: Job, done: int) -> None:
 def _checkpoints_to_come(job: Job, done: int) -> int:
     """How many more there will be at a time, at most."""
     options, plan = job.options, job.plan
-    there = len(manifest.checkpoints(job.run)) if done else 0
+    if done >= plan.steps:
+        return 0
+    there = len(manifest.checkpoints(job.run))  # those of a run that is replaced make room, too
     at_once = options.keep + 1 + bool(options.patience)
     of_an_epoch = next(plan.from_step(0), ([], 1.0, True))[1]
     every = 1 if options.patience else options.checkpoint_every or max(1, round(1 / of_an_epoch))
@@ -105,12 +107,16 @@ def _newest_whole(job: Job, own: str | None) -> str | None:
 
 
 def _go_on(job: Job, folder: Path) -> int:
-    """From a checkpoint: same data and settings."""
-    _compare_settings(job, resume.read_facts(folder)["settings"])  # before tensors that may not fit
+    """From a checkpoint: same settings, and the same data unless other data is asked for."""
+    other_data = _compare_settings(job, resume.read_facts(folder)["settings"])  # before tensors that may not fit
     facts = resume.load(folder, job.model, job.optimizers)
     step = int(facts["step"])
-    job.best = tuple(facts["best"]) if facts.get("best") else None
-    job.since_best = int(facts.get("since_best", 0))
+    if step > job.plan.steps:
+        told = f"cannot resume {job.run}: {step:,} steps are done, these rows make {job.plan.steps:,}"
+        raise UsageError(told, hint="more --set epochs or max_steps")
+    if not other_data:  # losses of other rows do not compare
+        job.best = tuple(facts["best"]) if facts.get("best") else None
+        job.since_best = int(facts.get("since_best", 0))
     if pending := facts.get("pending"):
         report: dict[str, Any] = {name: math.nan if value is None else value for name, value in pending[0].items()}
         job.pending = Report(**report), pending[1]
@@ -118,30 +124,36 @@ def _go_on(job: Job, folder: Path) -> int:
     return step
 
 
-def _clear(job: Job, folder: Path) -> None:
+def _clear(job: Job, folder: Path, recorded: dict[str, Any]) -> None:
     """Remove what lies after the checkpoint in the logs, and the checkpoints before it that are not kept."""
     step = manifest.step_of(folder)
+    data = {name: job.settings[name] for name in DATA}
+    if recorded | data != recorded:
+        artifacts.update_json(job.run / RUN, data)
     for name in (METRICS, SAMPLES):
         _cut_back(job.run / name, step - bool(job.pending))  # what follows the step is done anew
     manifest.rotate(folder, job.id, job.options.keep, best_step(job))  # it may have been killed before that
 
 
-def _compare_settings(job: Job, before: dict[str, Any]) -> None:
-    """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run."""
+def _compare_settings(job: Job, before: dict[str, Any]) -> bool:
+    """Warn where bits may differ from here on; raise UsageError where the rest of the run would be another run.
+    Returns whether the data is another, which was asked for."""
     options = resume.known_options(before["options"])
     before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
-    changed, hint = [], "start a new run with another -o"
+    other_data, changed, hint = False, [], "start a new run with another -o"
     for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
         if name in ("threads", "processes", "torch", *HOW):
             console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
         elif name in DATA and job.options.allow_data_change:
             console.warn(f"train: the {name} changed ({how}): the run goes on with them")
+            other_data = True
         else:
             hint += ", or --set allow_data_change=true" if name in DATA else ""
             option = name.removeprefix("options.")
             changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
     if changed:
         raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint=hint)
+    return other_data
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -153,7 +153,7 @@ def _processes(job: Job) -> str:
 
 def _fit(job: Job, start: int) -> None:
     """Smaller forwards, if the longest do not fit in memory. Raises OutOfMemory."""
-    asked = forward_tokens(job.options, job.engine.device)
+    asked = forward_tokens(job.options, job.engine.device.type)
     if job.engine.world.size > 1 and job.options.parallel == "fsdp":
         return  # a forward of one process is one of all: none can try alone
     alone = replace(job.engine, world=World())
@@ -217,7 +217,7 @@ def _follow(job: Job, report: Report) -> None:
     last, every = step == job.plan.steps, options.eval_every or max(1, job.plan.steps // 10)
     evaluation = None
     if job.eval_rows and (step % every == 0 or last) and not refused:
-        evaluation = total_score(job.model, job.eval_rows, forward_tokens(options, job.engine.device), job.engine)
+        evaluation = total_score(job.model, job.eval_rows, forward_tokens(options, job.engine.device.type), job.engine)
         outcome.eval_loss, outcome.eval_accuracy = evaluation.loss, evaluation.accuracy
     append_lines(job.engine.world.path(job.run / METRICS), _metrics(report, evaluation))
     if refused:

@@ -215,7 +215,7 @@ def make_job(
             "processes": engine.world.size,
             "parallel": options.parallel,
             "deterministic": options.deterministic,
-            "micro_batch_tokens": forward_tokens(options, engine.device),
+            "micro_batch_tokens": forward_tokens(options, engine.device.type),
             "gradient_checkpointing": options.gradient_checkpointing,
             "torch": str(torch.__version__),
         },
