@@ -65,7 +65,8 @@ class _Products(torch.autograd.Function):
         found: dict[int, Tensor] = {}
         for group, weight in zip(ctx.groups, joined, strict=True):
             y = F.linear(x, weight, biases[group[0]])
-            found |= zip(group, y.split([ctx.sizes[i] for i in group], -1), strict=True)
+            parts = y.split([ctx.sizes[i] for i in group], -1) if len(group) > 1 else (y,)  # no view: may be added to
+            found |= zip(group, parts, strict=True)
         return tuple(found[i] for i in range(len(weights)))
 
     @staticmethod

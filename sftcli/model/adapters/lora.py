@@ -54,10 +54,10 @@ class LoraLinear(nn.Linear):
 
     def _updated(self, h: Tensor, down: Tensor, plain: Tensor) -> Tensor:
         """h (..., out) with the update that `down` (..., rank) leads to; `plain`: what DoRA's gain acts on."""
-        if math.frexp(self.scale)[0] == 0.5:  # powers of two round nothing: on the narrow side it costs less
-            update = F.linear(down * self.scale, self.lora_B)
-        else:
-            update = F.linear(down, self.lora_B).mul_(self.scale)
+        plain_update = self.magnitude is None and h.ndim == 2 and h.dtype == self.lora_B.dtype
+        if plain_update and math.frexp(self.scale)[0] == 0.5:  # powers of two round nothing: two passes over h less
+            return h.addmm_(down * self.scale, self.lora_B.t())
+        update = F.linear(down, self.lora_B).mul_(self.scale)
         if self.magnitude is None:
             return update.add_(h)
         gain = self.gain()
