@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sftcli.model.adapters.lora import LoraLinear
-from sftcli.model.linear import NARROW, Linear, products, together
+from sftcli.model.linear import NARROW, Linear, of_one_input, products
 from sftcli.model.pieces import gated, rms_norm
 
 
@@ -57,7 +57,7 @@ def test_layers_with_one_input_equal_each_by_itself_in_float64(case, shape):
     x = draw(*shape, seed=99).requires_grad_()
     exact = x.detach().double().requires_grad_()
     weighings = [draw(*shape[:-1], out, seed=50 + i) for i, out in enumerate(outs)]
-    found, expected = together(x, layers), [plain(layer, exact) for layer in layers]
+    found, expected = of_one_input(x, layers), [plain(layer, exact) for layer in layers]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     of = (x, *learned(layers))
@@ -70,7 +70,7 @@ def test_layers_with_one_input_equal_each_by_itself_in_float64(case, shape):
 
 def test_an_output_that_nobody_uses_adds_nothing():
     layers, x = [layer_of(24, 8, 0), layer_of(24, 8, 5)], draw(6, 24).requires_grad_()
-    together(x, layers)[1].sum().backward()
+    of_one_input(x, layers)[1].sum().backward()
     torch.testing.assert_close(x.grad, layers[1].weight.sum(0).expand(6, 24))
     assert not layers[0].weight.grad.any()
 
@@ -79,7 +79,7 @@ def test_input_that_needs_no_gradient_and_weights_that_do_not_learn_get_none():
     layers = [layer_of(24, 8, 0), layer_of(24, 8, 5, rank=2)]
     layers[0].requires_grad_(False)
     x = draw(6, 24)
-    sum(y.sum() for y in together(x, layers)).backward()
+    sum(y.sum() for y in of_one_input(x, layers)).backward()
     assert x.grad is None and layers[0].weight.grad is None and layers[1].weight.grad is None
     assert layers[1].lora_A.grad.any() and layers[1].lora_B.grad.any()
 
@@ -89,7 +89,7 @@ def test_frozen_layers_keep_nothing_of_their_input():
     x = draw(6, 24).requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        together(x * 1.0, [frozen, frozen])
+        of_one_input(x * 1.0, [frozen, frozen])
     assert {tuple(t.shape) for t in kept} == {(100, 24)}
 
 
@@ -102,7 +102,7 @@ def test_what_a_piece_has_made_is_made_again_instead_of_kept():
             lambda t, kept=kept: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
         ):
             made = piece()
-            out = sum(y.square().sum() for y in together(made, layers))
+            out = sum(y.square().sum() for y in of_one_input(made, layers))
         assert made.data_ptr() not in kept and x.data_ptr() in kept
         of = (x, *learned(layers))
         found = torch.autograd.grad(out, of)
@@ -115,14 +115,14 @@ def test_what_was_changed_since_a_piece_made_it_is_kept_as_it_is():
     x, layer = draw(40, 64).requires_grad_(), layer_of(64, 48, 0)
     made = rms_norm(x, draw(64, seed=2), 1e-5)
     made.mul_(2)
-    together(made, [layer])[0].sum().backward()
+    of_one_input(made, [layer])[0].sum().backward()
     torch.testing.assert_close(layer.weight.grad, made.detach().sum(0).expand(48, 64), rtol=1e-5, atol=1e-4)
 
 
 def test_dropout_before_an_adapter_leaves_the_base_as_it_is():
     layer, x = layer_of(24, 40, 0, rank=2, dropout=0.999999), draw(6, 24)
     other = layer_of(24, 40, 7)
-    found = together(x, [layer.train(), other])
+    found = of_one_input(x, [layer.train(), other])
     torch.testing.assert_close(found[0], F.linear(x, layer.weight))
     torch.testing.assert_close(found[1], F.linear(x, other.weight))
     torch.testing.assert_close(layer.eval()(x).double(), plain(layer, x.double()), rtol=1e-5, atol=1e-4)

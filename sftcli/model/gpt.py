@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
-from sftcli.model.linear import Linear, together
+from sftcli.model.linear import Linear, of_one_input
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
 from sftcli.model.pieces import gated, rms_norm
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
@@ -143,7 +143,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, attention: Attention, only: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self.joined(x) if self.joined else together(x, (self.q, self.k, self.v))
+        q, k, v = self.joined(x) if self.joined else of_one_input(x, (self.q, self.k, self.v))
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         if not self.norms_heads:
@@ -169,8 +169,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        gate, up = self.joined(x) if self.joined else together(x, (self.gate, self.up))
-        return together(gated(gate, up, self.activation), (self.down,))[0]
+        gate, up = self.joined(x) if self.joined else of_one_input(x, (self.gate, self.up))
+        return of_one_input(gated(gate, up, self.activation), (self.down,))[0]
 
 
 class Block(nn.Module):

@@ -41,7 +41,7 @@ class Product:
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self.rows, self.packed = rows, None
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
+        if _has_layouts(self.weight):
             if twice and torch.backends.mkl.is_available():
                 self.weight = self.weight.contiguous()
                 self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
@@ -124,8 +124,13 @@ def laid_out(model: GPT, rows: int, quantize: str | None = None) -> None:
             model.set_submodule(name, Int8Linear([layer]))
         elif type(layer) is Linear:
             layer.product = Product([layer], rows, twice)
-        elif layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
+        elif _has_layouts(layer.weight):
             layer.weight.data = transposed(layer.weight.data)
+
+
+def _has_layouts(weight: Tensor) -> bool:
+    """Whether some order of a weight in memory is known to be faster."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def transposed(weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Linear(nn.Linear):
         return y
 
 
-def together(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
+def of_one_input(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     """What layers with one input (..., in) make of it."""
     own: list[list[Matrix]] = [layer.matrices() if hasattr(layer, "matrices") else [] for layer in layers]
     if not torch.is_grad_enabled() or not all(own):

@@ -119,6 +119,7 @@ def train_steps(
     size of a micro-batch changes nothing. A gradient that is not finite never reaches the weights: see Report.finite.
     """
     model.set_dropout(options.dropout)
+    limit = forward_tokens(options, engine.device.type)
     for number, (indices, epoch, ends) in enumerate(plan.from_step(start), start):
         begin = time.monotonic()
         rows = [row(i) for i in indices]
@@ -127,7 +128,6 @@ def train_steps(
         if options.dropout or (options.adapter and options.adapter.dropout):
             # dropout too is a function of (seed, step), and of the process
             torch.manual_seed(engine.world.seed((options.seed << 32) + number))
-        limit = forward_tokens(options, engine.device.type)
         with told_if_out_of_memory(rows, limit, engine.device):
             sums = accumulate(model, rows, limit, engine, options.loss, (options.seed, number))
             sums = sums.over(engine.world)

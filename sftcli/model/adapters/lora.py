@@ -54,9 +54,9 @@ class LoraLinear(nn.Linear):
 
     def _updated(self, h: Tensor, down: Tensor, plain: Tensor) -> Tensor:
         """h (..., out) with the update that `down` (..., rank) leads to; `plain`: what DoRA's gain acts on."""
-        plain_update = self.magnitude is None and h.ndim == 2 and h.dtype == self.lora_B.dtype
-        if plain_update and math.frexp(self.scale)[0] == 0.5:  # powers of two round nothing: two passes over h less
-            return h.addmm_(down * self.scale, self.lora_B.t())
+        exact = math.frexp(self.scale)[0] == 0.5  # powers of two round nothing, on whatever side
+        if self.magnitude is None and exact and h.ndim == 2 and h.dtype == self.lora_B.dtype:
+            return h.addmm_(down * self.scale, self.lora_B.t())  # two passes over h less
         update = F.linear(down, self.lora_B).mul_(self.scale)
         if self.magnitude is None:
             return update.add_(h)
