@@ -125,6 +125,14 @@ def metrics(run: str | Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in timed} for line in read_jsonl(Path(run, "metrics.jsonl"))]
 
 
+def steps_written(run: str | Path) -> int:
+    """Steps in metrics.jsonl now. A run that begins anew without a checkpoint takes the file away, at any moment."""
+    try:
+        return Path(run, "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def write_jsonl(path: Path, lines: Sequence[Any]) -> str:
     path.write_bytes(b"".join(json_line(line) for line in lines))
     return str(path)

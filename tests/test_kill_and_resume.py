@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import SAMPLES, run_in_process
 from forked import Forked
-from model_fixtures import metrics, model_folder, write_turns
+from model_fixtures import metrics, model_folder, steps_written, write_turns
 
 from sftcli import manifest
 from sftcli.cli import app
@@ -178,8 +178,7 @@ def test_real_processes_that_are_killed_resume_to_the_same_bytes(command, tmp_pa
         process = subprocess.Popen(start + command("full", run, "--resume"))
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
-            log = run / "metrics.jsonl"
-            if log.is_file() and log.read_bytes().count(b"\n") >= lines:
+            if steps_written(run) >= lines:
                 process.send_signal(number)
                 break
             time.sleep(0.001)

@@ -24,6 +24,7 @@ from model_fixtures import (
     model_of,
     random_ids,
     row_logits,
+    steps_written,
     write_jsonl,
     write_turns,
 )
@@ -397,8 +398,7 @@ def test_process_that_is_killed_resumes_to_the_same_sha256(base, rows, tmp_path)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        log = run / "metrics.jsonl"
-        if log.is_file() and log.read_bytes().count(b"\n") >= 20:
+        if steps_written(run) >= 20:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)

@@ -26,6 +26,7 @@ from model_fixtures import (
     model_folder,
     random_ids,
     read_jsonl,
+    steps_written,
     write_jsonl,
     write_turns,
 )
@@ -363,8 +364,8 @@ def begun(command, **env):
 
 
 def wait_for_steps(process, count, run="run"):
-    log, deadline = Path(run, "metrics.jsonl"), time.monotonic() + 90
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= count):
+    deadline = time.monotonic() + 90
+    while steps_written(run) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.05)
 
