@@ -24,30 +24,45 @@ TYPES = {"I64": ("q", 8), "F64": ("d", 8), "I32": ("i", 4), "U8": ("B", 1)}
 FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F64"}
 STRINGS = ("id", "align", "objective", "tokenizer", "template", "format", "source")
 PER_TOKEN_DEFAULT: dict[str, Any] = {"loss_weight": 1.0, "block_position_ids": 0, "token_type_ids": 0}
+GATHERED, MANY_ROWS = 1 << 15, 256  # tokens or rows whose columns are written at once
 NONE = -1  # next_sentence_label of a row that has none
 
 
 class _Column:
-    """One column on its way to disk: values go through a temporary file."""
+    """One column on its way to disk: values are gathered and go through a temporary file."""
 
     def __init__(self, dtype: str, folder: Path):
         self.dtype, self.count = dtype, 0
+        self.values = array(TYPES[dtype][0])
         self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def extend(self, values: Any) -> None:
-        data = bytes(values) if self.dtype == "U8" else array(TYPES[self.dtype][0], values).tobytes()
-        self.file.write(data)
-        self.count += len(data) // TYPES[self.dtype][1]
+        before = len(self.values)
+        self.values.extend(values)
+        self.count += len(self.values) - before
+
+    def append(self, value: int) -> None:
+        self.values.append(value)
+        self.count += 1
+
+    def append_text(self, text: str) -> None:
+        data = text.encode()
+        self.values.frombytes(data)
+        self.count += len(data)
+
+    def flush(self) -> None:
+        self.values.tofile(self.file)
+        del self.values[:]
 
 
 class RowFileWriter:
     """Collects rows into columns; `write_to` assembles the safetensors file."""
 
     def __init__(self, folder: Path):
-        self.folder, self.rows, self.tokens = folder, 0, 0
+        self.folder, self.rows, self.tokens, self.flushed = folder, 0, 0, 0
         self.columns: dict[str, _Column] = {}
         for name in ("offsets", "turns.offsets", "turns.role.offsets", *(f"{name}.offsets" for name in STRINGS)):
-            self._column(name, "I64").extend([0])
+            self._column(name, "I64").append(0)
         for name, dtype in {"input_ids": "I32", "labels": "I32", "turns": "I32", "turns.role": "U8"}.items():
             self._column(name, dtype)
         for name in STRINGS:
@@ -71,26 +86,30 @@ class RowFileWriter:
         if row.next_sentence_label is not None or "next_sentence_label" in self.columns:
             column = self._column("next_sentence_label", "I32")
             column.extend([NONE] * (self.rows - column.count))
-            column.extend([NONE if row.next_sentence_label is None else row.next_sentence_label])
+            column.append(NONE if row.next_sentence_label is None else row.next_sentence_label)
         for name in STRINGS:
             self._append_text(name, getattr(row, name))
         self._append_turns(row)
         self.rows += 1
         self.tokens += length
-        self.columns["offsets"].extend([self.tokens])
+        self.columns["offsets"].append(self.tokens)
+        if self.tokens - self.flushed > GATHERED or self.rows % MANY_ROWS == 0:
+            self.flushed = self.tokens
+            for column in self.columns.values():
+                column.flush()
 
     def _append_text(self, name: str, text: str | None) -> None:
         column = self.columns[name]
-        column.extend((text or "").encode())
-        self.columns[f"{name}.offsets"].extend([column.count])
+        column.append_text(text or "")
+        self.columns[f"{name}.offsets"].append(column.count)
 
     def _append_turns(self, row: Row) -> None:
         numbers, roles, ends = (self.columns[name] for name in ("turns", "turns.role", "turns.role.offsets"))
         for start, end, role, turn in row.turns or ():
             numbers.extend([start, end, turn])
-            roles.extend(role.encode())
-            ends.extend([roles.count])
-        self.columns["turns.offsets"].extend([numbers.count // 3])
+            roles.append_text(role)
+            ends.append(roles.count)
+        self.columns["turns.offsets"].append(numbers.count // 3)
 
     def write_to(self, out: IO[bytes]) -> None:
         """Header, then every column, widest type first so that each lies aligned."""
@@ -105,6 +124,7 @@ class RowFileWriter:
         text += b" " * (-len(text) % 8)
         out.write(struct.pack("<Q", len(text)) + text)
         for _, column in order:
+            column.flush()
             column.file.seek(0)
             shutil.copyfileobj(column.file, out, CHUNK)
             column.file.close()
@@ -120,9 +140,10 @@ def _fill(column: _Column, name: str, writer: RowFileWriter, missing: int) -> No
     if name in PER_TOKEN_DEFAULT:
         column.extend(_default(name, missing))
         return
-    offsets = writer.columns["offsets"].file
-    offsets.seek(0)
-    ends = array("q", offsets.read())
+    offsets = writer.columns["offsets"]
+    offsets.flush()
+    offsets.file.seek(0)
+    ends = array("q", offsets.file.read())
     for start, end in pairwise(ends):
         column.extend(range(end - start))
 

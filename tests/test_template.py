@@ -8,8 +8,6 @@ import time
 
 import pytest
 from conftest import ROOT, chat
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sftcli.artifacts import line_fields
 from sftcli.errors import DataError, UsageError
@@ -183,20 +181,6 @@ def test_tool_definitions_are_content_whose_control_strings_are_defused():
     definition = json.dumps(TOOLS[0])
     at = rendered.text.index(definition)
     assert (at, at + len(definition)) in rendered.content
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.text(max_size=6)), max_size=5))
-def test_a_verbatim_template_filled_in_is_the_template_rendered(turns):
-    """chatml says that it writes contents as they are: putting them between its literals is rendering it."""
-    filled = speaker_of("chatml")
-    assert filled.template.header["verbatim"]
-    rendered = Speaker(Template(filled.template.source, "chatml", SPECIALS), filled.ends)
-    rendered.template.header = {}
-    messages = [{"role": role, "content": text} for role, text in turns]
-    record = record_of({"messages": messages or chat("q")["messages"]})
-    assert filled.documents(record) == rendered.documents(record)
-    assert filled.prompt(record) == rendered.prompt(record)
 
 
 # ---- any Hugging Face template

@@ -52,7 +52,7 @@ class Speaker:
 
     def __init__(self, template: Template, ends: re.Pattern[str] | None):
         self.template, self.ends = template, ends
-        self.literals: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+        self.literals: dict[tuple[tuple[str, ...], bool], list[str] | None] = {}
 
     def documents(self, conversation: Conversation) -> list[Rendered]:
         """The conversation as trained: one text, or one a turn where the template rewrites history."""
@@ -103,8 +103,8 @@ class Speaker:
     def _render(self, conversation: Conversation, count: int, open_turn: bool, traced: bool = True) -> str:
         messages, tools = conversation.messages[:count], conversation.tools
         try:
-            if self._writes_as_it_is(messages, tools):
-                return self._filled(messages, open_turn)
+            if literals := self._literals(messages, tools, open_turn):
+                return _filled(messages, literals)
             if traced:
                 messages = [
                     {
@@ -125,39 +125,31 @@ class Speaker:
                         break
             raise DataError(error.reason, None, conversation.path(max(count - 1, 0))) from None
 
-    def _writes_as_it_is(self, messages: list[dict[str, Any]], tools: Any) -> bool:
-        """Whether the template says that it writes such messages verbatim: then it need not run for each of them."""
-        return bool(self.template.header.get("verbatim") and not tools) and all(
-            len(message) == 2 and isinstance(message.get("content"), str) for message in messages
-        )
-
-    def _filled(self, messages: list[dict[str, Any]], open_turn: bool) -> str:
-        """Contents put between the literals of this sequence of roles."""
-        literals = self._literals(tuple([message["role"] for message in messages]), open_turn)
-        pieces, spans, at = [literals[0]], [], len(literals[0])
-        for i, message in enumerate(messages):
-            content, literal = message["content"], literals[i + 1]
-            if content:
-                spans.append((at, at + len(content), i))
-            pieces += (content, literal)
-            at += len(content) + len(literal)
-        return Traced("".join(pieces), tuple(spans))
-
-    def _literals(self, roles: tuple[str, ...], open_turn: bool) -> list[str]:
-        """What the template writes before, between and after the contents of messages with these roles."""
-        key = (roles, open_turn)
+    def _literals(self, messages: list[dict[str, Any]], tools: Any, open_turn: bool) -> list[str] | None:
+        """What the template writes before, between and after the contents of such messages, where it writes them as
+        they are: then it need not run for each conversation."""
+        if tools or not self.template.contents:
+            return None
+        for message in messages:
+            content = message.get("content")
+            if len(message) != 2 or not isinstance(content, str) or not content:
+                return None
+            if self.template.contents == "stripped" and (content[0].isspace() or content[-1].isspace()):
+                return None
+        key = (tuple([message["role"] for message in messages]), open_turn)
         if key not in self.literals:
-            marks = [f"\0{i}\0" for i in range(len(roles))]
-            messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-            text = self.template.render(messages, None, open_turn)
-            found = []
-            for mark in marks:
-                literal, _, text = text.partition(mark)
-                found.append(literal)
             if len(self.literals) >= MAX_LITERALS:
                 self.literals.clear()
-            self.literals[key] = [*found, text]
+            self.literals[key] = self._between_contents(*key)
         return self.literals[key]
+
+    def _between_contents(self, roles: tuple[str, ...], open_turn: bool) -> list[str] | None:
+        """The texts around the contents of these roles; None if a content is not written once, in its turn."""
+        marks = [f"\0{i}\0" for i in range(len(roles))]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        text = self.template.render(messages, None, open_turn)
+        found = re.split("(\0[0-9]+\0)", text)
+        return found[::2] if found[1::2] == marks else None
 
     def _turn(self, conversation: Conversation, i: int, whole: str | None) -> _Turn:
         """Where the words of message i begin and end, in the conversation rendered up to and including it."""
@@ -236,6 +228,17 @@ class Speaker:
         if any(name not in text for name in _named(conversation.tools)):
             hint = "leave `tools` out of the data, or use --template"
             raise DataError(f"template {self.template.name} has no place for tools", None, "$.tools", hint)
+
+
+def _filled(messages: list[dict[str, Any]], literals: list[str]) -> Traced:
+    """Contents put between the literals of their roles."""
+    pieces, spans, at = [literals[0]], [], len(literals[0])
+    for i, (message, literal) in enumerate(zip(messages, literals[1:], strict=True)):
+        content = message["content"]
+        spans.append((at, at + len(content), i))
+        pieces += (content, literal)
+        at += len(content) + len(literal)
+    return Traced("".join(pieces), tuple(spans))
 
 
 def _traced_to(field: str, message: int) -> int:

@@ -12,6 +12,7 @@ from sftcli.artifacts import fingerprint, read_bytes
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import COMPLETION_NAMES
 from sftcli.text.sandbox import environment
+from sftcli.text.verbatim import writes_contents
 from sftcli.text.watch import limited
 
 BUILT_IN = Path(__file__).parent / "templates"
@@ -34,6 +35,7 @@ class Template:
         try:
             self.environment = environment()
             self.compiled = self.environment.from_string(source)
+            self.contents = writes_contents(source, self.environment)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(f"template {name}, line {error.lineno}: {error.message}") from None
         except RecursionError:
@@ -103,7 +105,7 @@ def text_template(text: str, columns: Mapping[str, str]) -> str:
             f"template text {text!r} must end with the completion field",
             hint=f"one of {{{'}, {'.join(COMPLETION_NAMES)}}}, or map it: --columns completion=NAME",
         )
-    header = json.dumps({"text": text, "fields": fields, "verbatim": True}).replace("#}", "#\\u007d")
+    header = json.dumps({"text": text, "fields": fields}).replace("#}", "#\\u007d")
     after = json.dumps(literals[-1], ensure_ascii=False)
     return (
         f"{{#- sft {header} -#}}\n"

@@ -165,7 +165,7 @@ def row_of(document: Document, weights: Weights) -> Row:
     ids = document.input_ids
     labels = [token if weight else IGNORE for token, weight in zip(ids, weights, strict=True)]
     turns = own_turns(document.segments)
-    uneven = any(weight not in (0.0, 1.0) for weight in weights)
+    uneven = not {0.0, 1.0}.issuperset(weights)
     return Row(
         id=document.id,
         input_ids=ids,
