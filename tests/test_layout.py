@@ -9,10 +9,12 @@ from model_fixtures import PRESETS, make_model, model_folder, random_ids, read_j
 from test_decoding import assert_equal_outputs, complete, prompts_of
 
 from sftcli.errors import UsageError
+from sftcli.model import int8
 from sftcli.model.adapters.lora import adapt, merge
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.gpt import Linear
-from sftcli.model.layout import BASE, LARGEST, MANY, Int8Linear, Product, laid_out, quantized
+from sftcli.model.int8 import BASE, LARGEST, MANY, Int8Linear, quantized
+from sftcli.model.layout import Product, laid_out
 from sftcli.recipe import Generate, Lora
 
 
@@ -116,6 +118,24 @@ def adapted(folder, targets="all-linear", dora=False):
 # ---- int8
 
 
+@pytest.fixture(params=["by_fbgemm", "by_onednn"])
+def whole_products(request, monkeypatch):
+    """Each way to multiply whole numbers that torch has here."""
+    if request.param == "by_fbgemm" and int8.exact_products() is not int8.by_fbgemm:
+        pytest.skip("torch without FBGEMM, or a processor that does not add exactly")
+    monkeypatch.setattr(int8, "exact_products", lambda: getattr(int8, request.param))
+
+
+def test_a_way_whose_sums_overflow_is_not_taken(monkeypatch):
+    def saturated(weight, scale):
+        return lambda digits: int8.by_onednn(weight, scale)(digits).clamp(-32768, 32767)
+
+    monkeypatch.setattr(int8, "by_fbgemm", saturated)
+    int8.exact_products.cache_clear()
+    assert int8.exact_products() is int8.by_onednn
+    int8.exact_products.cache_clear()
+
+
 def of_whole_numbers(weight):
     whole, scale = quantized(weight)
     return whole * scale[:, None]
@@ -131,7 +151,7 @@ def test_quantized_weights_are_within_half_a_step_and_keep_their_largest():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 7, MANY, MANY + 1])
-def test_int8_layer_equals_a_float_product_with_the_weights_it_stands_for(rows, bias):
+def test_int8_layer_equals_a_float_product_with_the_weights_it_stands_for(rows, bias, whole_products):
     layers = [linear(96, out, out, bias) for out in (40, 24)]
     x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 4, rows)[:, None]
     x[0, 3] = 50 * x[0].abs().max()  # an outlier takes the digits of the others
@@ -144,7 +164,7 @@ def test_int8_layer_equals_a_float_product_with_the_weights_it_stands_for(rows, 
         assert bool(((found - product).abs() <= error * layer.weight.abs().max() / 2 + 1e-5 * product.abs()).all())
 
 
-def test_int8_products_have_the_same_bits_however_many_rows_there_are():
+def test_int8_products_have_the_same_bits_however_many_rows_there_are(whole_products):
     layer, x = Int8Linear([linear(200, 64)]), torch.randn(64, 200)
     x[5] = 0
     together = layer(x)
@@ -154,7 +174,7 @@ def test_int8_products_have_the_same_bits_however_many_rows_there_are():
     assert torch.equal(together[5], layer.bias)
 
 
-def test_largest_numbers_do_not_overflow():
+def test_largest_numbers_do_not_overflow(whole_products):
     layer = Linear(4096, 8, bias=False)
     layer.weight.data = torch.ones(8, 4096)
     for x in (torch.ones(2, 4096), -torch.ones(2, 4096)):
@@ -173,7 +193,7 @@ def with_whole_weights(model):
     return found
 
 
-def test_int8_model_equals_a_float_model_of_the_weights_it_stands_for(model):
+def test_int8_model_equals_a_float_model_of_the_weights_it_stands_for(model, whole_products):
     reference = with_whole_weights(model)
     plain, expected = (row_logits(m, random_ids(20, 3)) for m in (model, reference))
     laid_out(model, 1, "int8")
@@ -208,9 +228,11 @@ def test_int8_holds_no_float_weights_but_the_embedding(model):
 def test_int8_is_refused_where_it_cannot_be(model, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="not on meta"):
         laid_out(model.to("meta"), 1, "int8")
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.full((64, 64), 32767, dtype=torch.int32))
+    monkeypatch.setattr(int8, "_is_exact", lambda make: False)
+    int8.exact_products.cache_clear()
     with pytest.raises(UsageError, match="does not multiply int8 exactly"):
         laid_out(make_model(tmp_path / "m", "llama"), 1, "int8")
+    int8.exact_products.cache_clear()
 
 
 # ---- the commands

@@ -6,10 +6,6 @@ One product is faster than two or three, and the parameters become views of its 
 what it found before. MKL multiplies few rows with a copy of the weight in its own order: in 0.6 of the time of the
 stored one with 8 rows, 0.75 with 32, near the time that reading takes. Where it cannot (another processor, dtype or a
 model too large to have twice) the weight itself is transposed, (in, out): 0.8 with 8 rows, as much with 16.
-
-`int8` keeps a weight as whole numbers -127..127 and a scale for each of its outputs: a quarter of the memory and of the
-time to read it. What it meets is written in two digits, x = step * (128 * high + low), so to 15 bits of the largest
-number of its row: products of whole numbers are exact, however many rows there are.
 """
 
 from collections.abc import Sequence
@@ -19,16 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sftcli.errors import UsageError
-from sftcli.model.adapters.lora import LoraLinear
 from sftcli.model.gpt import GPT, MLP, Joined, SelfAttention
+from sftcli.model.int8 import Int8Linear
 from sftcli.model.linear import Linear
 
-BASE = 128  # of the two digits: high is one of -127..127, low of 0..127
-LARGEST = 127  # of a digit, and of a weight
-MANY = 256  # rows of one product: bounds the memory of the digits
 FEW = 4  # a product for N rows serves more than N / 4 of them: with fewer the stored weight is as fast
 TWICE = 4 << 30  # bytes of weights that a model may have twice
-LEAST = 1e-30  # of a step or scale: a row of zeros stays one
 
 
 class Product:
@@ -65,52 +57,12 @@ class Product:
         return self(x).split(self.sizes, -1)
 
 
-class Int8Linear(nn.Module):
-    """Linear layers with one input, from whole numbers: y = scale * (W x), W (out, in) int8, scale (out,)."""
-
-    def __init__(self, layers: Sequence[nn.Linear]):
-        super().__init__()
-        self.sizes = [layer.out_features for layer in layers]
-        parts = [quantized(weight_of(layer)) for layer in layers]
-        self.weight, self.scale = torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts])
-        biases = [layer.bias.data.float() for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
-        y = torch.cat([self._product(part) for part in flat.split(MANY)]).mul_(self.scale)
-        return (y if self.bias is None else y.add_(self.bias)).unflatten(0, x.shape[:-1])
-
-    def _product(self, x: Tensor) -> Tensor:
-        """W x (T, out) of x (T, in), digit by digit."""
-        step = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_(min=LEAST) / (BASE * LARGEST)
-        whole = (x / step).round_()
-        high = torch.div(whole, BASE, rounding_mode="floor")
-        digits = torch.cat([high, whole.sub_(high, alpha=BASE)]).to(torch.int8)  # (2T, in)
-        high, low = torch._int_mm(digits, self.weight.t()).float().chunk(2)  # (T, out)
-        return torch.add(low, high, alpha=BASE).mul_(step)
-
-    def joined(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self(x).split(self.sizes, -1)
-
-
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers (out, in) in int8, and the scale (out,) that makes them the weight again, nearly."""
-    scale = weight.abs().amax(1).clamp(min=LEAST) / LARGEST
-    return (weight / scale[:, None]).round().to(torch.int8), scale
-
-
-def weight_of(layer: nn.Linear) -> Tensor:
-    """In float32, with the update of an adapter in it."""
-    return layer.merged() if isinstance(layer, LoraLinear) else layer.weight.data.float()
-
-
 @torch.no_grad()
 def laid_out(model: GPT, rows: int, quantize: str | None = None) -> None:
     """Lay a model's weights out for decoding `rows` rows, and for nothing else from then on. An adapter that comes or
     goes later wants it again (int8: has its update in the whole numbers, for good)."""
-    if quantize:
-        _check_int8(model)
+    if quantize and model.device.type != "cpu":
+        raise UsageError(f"int8 weights decode on the CPU, not on {model.device.type}", hint="device=cpu")
     twice = sum(parameter.nbytes for parameter in model.parameters()) <= TWICE
     for module in model.modules():
         if isinstance(module, SelfAttention):
@@ -151,13 +103,3 @@ def _joined(layers: Sequence[nn.Linear], rows: int, twice: bool, quantize: str |
 def _is_joined(model: GPT, name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), "joined", None) is not None and leaf in ("q", "k", "v", "gate", "up")
-
-
-def _check_int8(model: GPT) -> None:
-    """Raise UsageError where whole numbers are not multiplied exactly: old processors let sums of two overflow."""
-    if model.device.type != "cpu":
-        raise UsageError(f"int8 weights decode on the CPU, not on {model.device.type}", hint="device=cpu")
-    most = torch.full((64, 64), LARGEST, dtype=torch.int8)
-    for weight in (most, -most):
-        if not bool((torch._int_mm(most, weight) == 64 * LARGEST * int(weight[0, 0])).all()):
-            raise UsageError("this processor does not multiply int8 exactly", hint="decode without --quantize")
