@@ -3,7 +3,7 @@
 import json
 import random
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 
 import pytest
 from conftest import SAMPLES
@@ -89,6 +89,9 @@ def check(codec, texts):
         found = codec.by_words.encode(text)
         assert found is not None or lacks(codec, text), text
         if found:
+            cuts = codec.tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            ends = list(accumulate(map(len, codec.by_words.cut(text))))
+            assert ends == [end for _, (_, end) in cuts], text  # a cut that no merge crosses shows in no id
             bounds = Bounds(encoding.ids, encoding, len(text))
             assert found.ids == bounds.ids, text
             order = list(range(-1, len(text) + 2))
