@@ -25,6 +25,7 @@ LEARNT = [
     "the river's bank isn't where they'll go; we've 12 345 things.\n\n\tindent  two   three\r\n",
     "IT'S WE'LL x=1;\n  if (a == b) {\n    return 100000;\n  }\n!!! ... \x0b\x0c \x1c\x1f\x00",
     "<|end|> <tool> The the THE 's 't 're 've 'm 'll 'd  \n \n  a\n\n\nb",
+    "café café café café éa aé été .é é. 's\u212a \u00a0é",
 ]
 WAYS = {
     "gpt2": (None, [WORDS], False),
@@ -128,7 +129,7 @@ def test_texts_have_the_librarys_ids_and_places(kind, texts):
 
 spans = st.lists(
     st.tuples(
-        st.lists(st.sampled_from([*PIECES, "é", "\u212a"]), max_size=6).map("".join),
+        st.lists(st.sampled_from([*PIECES, *"éaé.", "\u212a", "\u00a0"]), max_size=6).map("".join),
         st.sampled_from(["user", "template", "tool", "ASSISTANT"]),
     ),
     max_size=8,
@@ -161,6 +162,13 @@ def test_documents_are_those_of_the_library_alone(kind, pieces):
     """With hard cuts, control strings in content and characters beyond ASCII, and counted alike."""
     text = rendered(pieces)
     assert outcome(codec_of(kind), text) == outcome(by_library(kind), text)
+
+
+def test_a_cut_before_a_character_beyond_ascii_is_the_librarys():
+    text = rendered([("caf", "user"), ("é", "ASSISTANT")])
+    found, counts = outcome(codec_of("smollm"), text)
+    assert (found, counts) == outcome(by_library("smollm"), text)
+    assert counts.merges_cut == 1
 
 
 def test_words_that_were_forgotten_are_found_again(monkeypatch):
@@ -260,6 +268,12 @@ def test_two_tokens_of_one_id_are_left_to_the_library():
     made = changed()
     first, second, *_ = made["model"]["vocab"]
     made["model"]["vocab"][first] = made["model"]["vocab"][second]
+    assert codec_with(made).by_words is None
+
+
+def test_an_added_token_that_the_library_gives_another_id_leaves_all_to_the_library():
+    made = changed()
+    made["added_tokens"][-1]["id"] += 50
     assert codec_with(made).by_words is None
 
 
