@@ -6,7 +6,9 @@ a text has is written here a second time, for `re`; what is not known to cut ali
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -71,7 +73,7 @@ class Starts:
     length: int
     chars: list[int]
     tokens: list[int]
-    sizes: "_Sizes"
+    size: Callable[[int], int]  # of a token, in characters
 
     def token_at(self, char: int) -> int:
         """The first token that starts at or after a character: a token belongs where its first character does."""
@@ -82,7 +84,7 @@ class Starts:
         near = bisect_right(self.chars, char) - 1
         at, token = self.chars[near], self.tokens[near]
         while at < char:
-            at += self.sizes[self.ids[token]]
+            at += self.size(self.ids[token])
             token += 1
         if token > self.tokens[near]:  # the next one may lie behind it
             self.chars.insert(near + 1, at)
@@ -99,7 +101,8 @@ class Words:
         self.added = added
         longest_first = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         self.split = re.compile(f"({longest_first})").split if added else None
-        self.known, self.sizes = _Known(tokenizer.model, lacks), _Sizes(tokenizer)
+        self.known = _Known(tokenizer.model, lacks)
+        self.size = cache(lambda token: len(str(tokenizer.id_to_token(token))))
 
     def encode(self, text: str) -> Starts | None:
         """Ids of a text; None where it is not ASCII, or has characters without a token."""
@@ -118,7 +121,7 @@ class Words:
                 tokens.append(len(ids))
         except _Lacking:
             return None
-        return Starts(ids, len(text), chars, tokens, self.sizes)
+        return Starts(ids, len(text), chars, tokens, self.size)
 
 
 class _Lacking(Exception):
@@ -141,15 +144,3 @@ class _Known(dict[str, tuple[int, ...]]):
                 self.clear()
             self[word] = ids
         return ids
-
-
-class _Sizes(dict[int, int]):
-    """Ids to how many characters of ASCII text they stand for."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> int:
-        size = self[token] = len(str(self.tokenizer.id_to_token(token)))
-        return size
