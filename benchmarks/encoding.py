@@ -1,9 +1,10 @@
-"""How near `sft tokenize` is to the tokenizers library under it: python benchmarks/encoding.py [DATA] [--columns ...]
+"""How near `sft tokenize | sft mask` is to the tokenizers library: python benchmarks/encoding.py [DATA] [-m MODEL]
 
-Both sides encode the same rendered texts. `bare` is one encode_batch call, with all threads of the library and warm
-caches, on texts that are ready in memory; `sft` loads the tokenizer, reads JSONL, renders the template, encodes, maps
-segments onto tokens and writes JSONL. They are timed in turn, and what counts is the ratio of medians. Prints a JSON
-line per side and one for the ratio.
+Both sides encode the same rendered texts. `library` is one encode_batch call, with all its threads, on texts that are
+ready in memory and with the tokenizer loaded; `sft` is the two processes from start to end: they load Python and the
+tokenizer, read JSONL, render the template, encode, map segments onto tokens, mask, and write rows. They run in turn,
+and what counts is the ratio of medians. Prints a JSON line per side and one for the ratio. Without -m the model is
+what `sft init` makes of the data; --rows N repeats the data up to N rows.
 """
 
 import sys
@@ -13,80 +14,114 @@ sys.path.pop(0)  # this folder: it would hide the standard library's `tokenize` 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
+import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-
-import msgspec
+from typing import Any
 
 from sftcli import console
 from sftcli.artifacts import read_objects
-from sftcli.recipe import Init, Tokenize
+from sftcli.recipe import Init
 from sftcli.stages.common import codec_for, template_for
 from sftcli.stages.init import init
-from sftcli.stages.tokenize import tokenize
 from sftcli.text.records import read_record, renamed
 from sftcli.text.speaker import Speaker
+from sftcli.text.tokenizer import Codec
+
+SFT = [sys.executable, "-m", "sftcli", "--quiet"]
 
 
-def timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def rendered_texts(options: Tokenize, model: str) -> list[str]:
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds, CPU seconds). To let go of what was made is not counted."""
+    began, used = time.perf_counter(), cpu_seconds()
+    made = work()
+    result = time.perf_counter() - began, cpu_seconds() - used
+    del made
+    return result
+
+
+def rendered_texts(codec: Codec, model: str, data: str, columns: dict[str, str]) -> list[str]:
     """The whole text of every row, as the template writes it."""
-    codec = codec_for(model, None)
     template = template_for(codec, model, None, None, {})
     speaker = Speaker(template, codec.ends)
     records = (
-        read_record(renamed(fields, options.columns, where), where, number)
-        for path in options.data
-        for number, (where, _, fields) in enumerate(read_objects(path), 1)
+        read_record(renamed(fields, columns, where), where, number)
+        for number, (where, _, fields) in enumerate(read_objects(data), 1)
     )
     return [text.text for record in records for text in speaker.documents(record)]
+
+
+def repeated(data: str, rows: int, folder: str) -> str:
+    """A file with the lines of `data` again and again, `rows` of them."""
+    with open(data, "rb") as file:
+        lines = file.readlines()
+    path = os.path.join(folder, "data.jsonl")
+    with open(path, "wb") as file:
+        file.writelines(itertools.islice(itertools.cycle(lines), rows))
+    return path
+
+
+def pipeline(data: str, model: str, columns: str, rows: str) -> None:
+    """sft tokenize DATA -m MODEL | sft mask -o ROWS"""
+    named = ["--columns", columns] if columns else []
+    first = subprocess.Popen([*SFT, "tokenize", data, "-m", model, *named], stdout=subprocess.PIPE)
+    second = subprocess.Popen([*SFT, "mask", "-o", rows], stdin=first.stdout)
+    assert first.stdout
+    first.stdout.close()
+    assert (first.wait(), second.wait()) == (0, 0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="?", default="data/samples/train.jsonl")
+    parser.add_argument("-m", "--model")
     parser.add_argument("--columns", default="")
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--runs", type=int, default=7)
     given = parser.parse_args()
     console.QUIET = True
-    os.environ.pop("TOKENIZERS_PARALLELISM", None)  # `bare` has all threads of the library
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)  # the library has all its threads
     columns = dict(pair.split("=") for pair in given.columns.split(",") if pair)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        model = os.path.join(folder, "base")
-        init(Init(data=[given.data], columns=columns, vocab_size=given.vocab_size), model)
-        options = Tokenize(data=[given.data], columns=columns)
-        texts = rendered_texts(options, model)
-        bare = codec_for(model, None).tokenizer
-        out = os.path.join(folder, "tokens.jsonl")
-        sides: dict[str, Callable[[], object]] = {
-            "bare": lambda: bare.encode_batch(texts, add_special_tokens=False),
-            "sft": lambda: tokenize(options, model, out),
+        model = given.model or os.path.join(folder, "base")
+        if not given.model:
+            init(Init(data=[given.data], columns=columns, vocab_size=given.vocab_size), model)
+        data = repeated(given.data, given.rows, folder) if given.rows else given.data
+        codec = codec_for(model, None)
+        texts = rendered_texts(codec, model, data, columns)
+        rows = os.path.join(folder, "rows.safetensors")
+        sides: dict[str, Callable[[], Any]] = {
+            "library": lambda: codec.tokenizer.encode_batch(texts, add_special_tokens=False),
+            "sft": lambda: pipeline(data, model, given.columns, rows),
         }
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for run in range(given.runs + 1):
+        tokens = sum(map(len, sides["library"]()))
+        sides["sft"]()  # a warm-up
+        runs = {name: list[tuple[float, float]]() for name in sides}
+        for _ in range(given.runs):
             for name, work in sides.items():
-                seconds = timed(work)
-                if run:  # the first is a warm-up
-                    times[name].append(seconds)
-        with open(out, "rb") as file:
-            tokens = sum(len(msgspec.json.decode(line)["input_ids"]) for line in file)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, seconds in times.items():
-        figures = {"side": name, "rows": len(texts), "tokens": tokens, "median_s": round(medians[name], 4)}
-        print(json.dumps(figures | {"min_s": round(min(seconds), 4), "max_s": round(max(seconds), 4)}))
-    pairs = [b / s for b, s in zip(times["bare"], times["sft"], strict=True)]
-    spread = {"min": round(min(pairs), 3), "max": round(max(pairs), 3)}
-    print(json.dumps({"speed_of_sft_to_bare": round(medians["bare"] / medians["sft"], 3), **spread}))
+                runs[name].append(timed(work))
+    seconds = {name: [wall for wall, _ in pairs] for name, pairs in runs.items()}
+    medians = {name: statistics.median(walls) for name, walls in seconds.items()}
+    for name, walls in seconds.items():
+        figures = {"side": name, "rows": len(texts), "tokens": tokens, "median_s": round(medians[name], 3)}
+        spread = {"min_s": round(min(walls), 3), "max_s": round(max(walls), 3)}
+        print(json.dumps(figures | spread | {"cpu_s": round(statistics.median(cpu for _, cpu in runs[name]), 3)}))
+    ratios = [sft / library for library, sft in zip(seconds["library"], seconds["sft"], strict=True)]
+    spread = {"min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+    print(json.dumps({"times_the_library": round(medians["sft"] / medians["library"], 3), **spread}))
 
 
 main()

@@ -312,6 +312,7 @@ def test_each_stop_token_is_named_with_how_often_it_is_trained(sft, base):
     end = load_codec(base).added["<|im_end|>"]
     assert f"stop token <|im_end|> ({end}) is trained {spoken:,} times in {len(turns):,} turns" in err
     assert "warning" not in err
+    assert sft("mask", "-m", base, stdin=tokens.out).err == err
 
 
 def test_a_stop_token_that_is_never_trained_is_a_loud_warning(sft, lines, base):

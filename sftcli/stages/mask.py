@@ -22,7 +22,7 @@ from sftcli.stages.common import LULL, Input, Rejects, read_lines_of
 from sftcli.text import pretokenized
 from sftcli.text.folder import load_codec
 from sftcli.text.objectives import blank_infilling, causal, masked_lm
-from sftcli.text.store import recall_codec
+from sftcli.text.store import recall_codec, recall_specials
 from sftcli.text.tokenizer import Codec
 
 MOSTLY_LOST = 0.1  # warn when more than this share of the rows is dropped
@@ -157,7 +157,10 @@ def _accounted(
             summary.lost_fields |= item.extra.keys()
         yield item
     line.clear()
-    _report(summary, codec or recall_codec(next(iter(summary.tokenizers), None)))
+    if codec:
+        _report(summary, {token: codec.token_text(token) for token in codec.special_ids})
+    else:
+        _report(summary, recall_specials(next(iter(summary.tokenizers), None)))
     if summary.rows and not summary.kept:
         raise DataError(f"nothing is left to train: all {summary.rows:,} rows were dropped ({_reasons(summary)})")
 
@@ -328,7 +331,7 @@ def _count(made: Made, summary: Summary) -> None:
         summary.trained_ends[row.input_ids[end - 1]] += row.labels[end - 1] != IGNORE
 
 
-def _report(summary: Summary, codec: Codec | None) -> None:
+def _report(summary: Summary, specials: dict[int, str] | None) -> None:
     if summary.rows == 0:
         console.warn("mask: the input is empty")
         return
@@ -348,7 +351,7 @@ def _report(summary: Summary, codec: Codec | None) -> None:
         console.warn(
             f"mask: GPT-NeoX's labels hold no weights: {summary.weights_lost:,} rows are trained in full there"
         )
-    _report_stops(summary, codec)
+    _report_stops(summary, specials)
 
 
 def _reasons(summary: Summary) -> str:
@@ -358,15 +361,15 @@ def _reasons(summary: Summary) -> str:
     )
 
 
-def _report_stops(summary: Summary, codec: Codec | None) -> None:
+def _report_stops(summary: Summary, specials: dict[int, str] | None) -> None:
     """How often each stop token is trained; a model whose stop token is not trained never stops."""
     if not summary.turns:
         return
-    ends = {t: n for t, n in summary.turn_ends.items() if codec is None or t in codec.special_ids}
-    if codec is None and len(ends) > 8:  # ids alone do not tell a stop token from a last word
+    ends = {t: n for t, n in summary.turn_ends.items() if specials is None or t in specials}
+    if specials is None and len(ends) > 8:  # ids alone do not tell a stop token from a last word
         return
     for token in ends:
-        name = codec.token_text(token) if codec else f"id {token}"
+        name = specials[token] if specials else f"id {token}"
         trained = summary.trained_ends[token]
         console.note(f"mask: stop token {name} ({token}) is trained {trained:,} times in {summary.turns:,} turns")
         if not trained:

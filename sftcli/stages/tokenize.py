@@ -77,7 +77,7 @@ _Item = _Record | _Bad | SftError | bytes  # an error that ends the input; the o
 
 @dataclass
 class _Batch:
-    """Lines that go through the library together, and its part of the work, which is done in a thread."""
+    """Lines that go through the library together, and its part of the work, if any, which is done in a thread."""
 
     items: list[_Item]
     work: Work | None
@@ -234,14 +234,15 @@ def _begun(items: list[_Item], codec: Codec, pool: ThreadPoolExecutor) -> _Batch
         work = codec.prepare([text for item in items if isinstance(item, _Record) for text in item.texts])
     except DataError:  # told when the turn of its line comes
         return _Batch(items, None, None)
-    return _Batch(items, work, pool.submit(codec.run, work))
+    return _Batch(items, work, pool.submit(codec.run, work) if work.strings else None)
 
 
 def _encoded(batch: _Batch, codec: Codec) -> list[list[Encoded] | DataError]:
     """The documents of every record, or why it has none."""
     work, encodings = batch.work, batch.encodings
     lines = [(item.where, item.texts) for item in batch.items if isinstance(item, _Record)]
-    return encode_lines(codec, lines, (lambda: codec.finish(work, encodings.result())) if work and encodings else None)
+    end = (lambda: codec.finish(work, encodings.result() if encodings else [])) if work else None
+    return encode_lines(codec, lines, end)
 
 
 def _written(

@@ -27,7 +27,7 @@ GPT4O = rf"{_CAPITAL}{_ENDINGS}?|{_CAPITALS}{_ENDINGS}?|\p{{N}}{{1,3}}{_TAIL_WIT
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def _split(*patterns: str) -> list[dict[str, Any]]:
+def isolated(*patterns: str) -> list[dict[str, Any]]:
     found = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
     return [*found, BYTES]
 
@@ -37,15 +37,15 @@ def _split(*patterns: str) -> list[dict[str, Any]]:
 WAYS: dict[tuple[str, ...], Way] = {
     ("gpt-2", "phi-2", "mpt", "jais", "exaone4", "trillion", "granite-docling"): (None, [WORDS], False),
     ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"): (None, [DIGITS, WORDS], False),
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"): (None, _split(LLAMA3), True),
-    ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): (None, _split(LLAMA3), False),
-    ("qwen2",): ("NFC", _split(QWEN2), False),
-    ("deepseek-r1-qwen", "stablelm2", "megrez"): (None, _split(QWEN2), False),
-    ("qwen35",): ("NFC", _split(QWEN35), False),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"): (None, isolated(LLAMA3), True),
+    ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): (None, isolated(LLAMA3), False),
+    ("qwen2",): ("NFC", isolated(QWEN2), False),
+    ("deepseek-r1-qwen", "stablelm2", "megrez"): (None, isolated(QWEN2), False),
+    ("qwen35",): ("NFC", isolated(QWEN35), False),
     ("olmo",): ("NFC", [WORDS], False),
-    ("tekken",): (None, _split(TEKKEN), True),
-    ("gpt-4o", "llama4"): (None, _split(GPT4O), False),
-    ("default",): (None, _split(r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
+    ("tekken",): (None, isolated(TEKKEN), True),
+    ("gpt-4o", "llama4"): (None, isolated(GPT4O), False),
+    ("default",): (None, isolated(r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
 }
 BOS_FIRST = {
     *("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"),
@@ -64,12 +64,12 @@ def way_of(pre: str) -> Way:
 
 def name_of_way(tokenizer: dict[str, Any]) -> str:
     """The name of how a byte-level tokenizer.json cuts text. Raises CheckpointError where llama.cpp has none."""
-    steps = [_plain(step) for step in flat(tokenizer.get("pre_tokenizer"), "pretokenizers")]
+    steps = [plain(step) for step in flat(tokenizer.get("pre_tokenizer"), "pretokenizers")]
     normalizers = [step["type"] for step in flat(tokenizer.get("normalizer"), "normalizers")]
     whole_words = bool(tokenizer["model"].get("ignore_merges"))
     for names, (normalizer, expected, ignores_merges) in WAYS.items():
         same_start = normalizers == ([normalizer] if normalizer else [])
-        if same_start and steps == [_plain(step) for step in expected] and whole_words == ignores_merges:
+        if same_start and steps == [plain(step) for step in expected] and whole_words == ignores_merges:
             return names[0]
     told = " + ".join([*normalizers, *(step["type"] for step in steps)]) or "nothing"
     raise CheckpointError(
@@ -85,7 +85,7 @@ def flat(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
     return [part for one in step[inside] for part in flat(one, inside)] if step["type"] == "Sequence" else [step]
 
 
-def _plain(step: dict[str, Any]) -> dict[str, Any]:
+def plain(step: dict[str, Any]) -> dict[str, Any]:
     """A step without what changes no token: ByteLevel's trim_offsets; use_regex where it stands for its default."""
     if step["type"] != "ByteLevel":
         return step

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import msgspec
+
 from sftcli.artifacts import fingerprint
 from sftcli.text.tokenizer import Codec
 
@@ -35,5 +37,27 @@ def recall(name: str) -> bytes | None:
 
 def recall_codec(tokenizer_hash: str | None) -> Codec | None:
     """The tokenizer with this hash, if this machine has tokenised with it."""
+    data = _definition(tokenizer_hash)
+    return Codec(data, str(tokenizer_hash)) if data else None
+
+
+class _Added(msgspec.Struct):
+    id: int
+    content: str
+    special: bool
+
+
+class _Definition(msgspec.Struct):
+    added_tokens: list[_Added] | None = None
+
+
+def recall_specials(tokenizer_hash: str | None) -> dict[int, str] | None:
+    """Ids and texts of the special tokens alone: to load the tokenizer takes as long as masking a thousand rows."""
+    data = _definition(tokenizer_hash)
+    added = msgspec.json.decode(data, type=_Definition).added_tokens or [] if data else None
+    return None if added is None else {token.id: token.content for token in added if token.special}
+
+
+def _definition(tokenizer_hash: str | None) -> bytes | None:
     data = recall(f"{tokenizer_hash}.tokenizer.json") if tokenizer_hash else None
-    return Codec(data, str(tokenizer_hash)) if data and fingerprint(data) == tokenizer_hash else None
+    return data if data and fingerprint(data) == tokenizer_hash else None

@@ -15,8 +15,10 @@ from sftcli.artifacts import fingerprint
 from sftcli.errors import CheckpointError, DataError
 from sftcli.recipe import InContent
 from sftcli.rows import Segment
+from sftcli.text.bounds import Bounds, Placed, merged
 from sftcli.text.renamed import Renamed
 from sftcli.text.speaker import Rendered
+from sftcli.text.words import Starts, words_of
 
 NEAR = 8  # characters behind a hard cut that a pre-tokenizer may look at
 MAX_LEFT_WORDS = 1024
@@ -59,6 +61,7 @@ class Codec:
         self.counts = Counts()
         self.words = None if self.tokenizer.normalizer else self.tokenizer.pre_tokenizer
         self.left_words: dict[str, Any] = {}
+        self.by_words = words_of(self.tokenizer, self.json)
 
     @cached_property
     def size(self) -> int:
@@ -128,15 +131,17 @@ class Codec:
         windows = self._windows(stretches)
         strings = [anchor + piece for anchor, piece, found in zip(anchors, pieces, forged, strict=True) if not found]
         strings += [text for _, text, _ in windows]
-        return Work(texts, spans, stretches, pieces, anchors, forged, windows, strings, allowed)
+        known = [self.by_words.encode(text) if self.by_words else None for text in strings]
+        strings = [text for text, found in zip(strings, known, strict=True) if not found]
+        return Work(texts, spans, stretches, pieces, anchors, forged, windows, known, strings, allowed)
 
     def run(self, work: "Work") -> list[Any]:
         """The library's part: it changes nothing here and lets go of the interpreter, so threads may do it."""
-        return self._batch(self.tokenizer, work.strings)
+        return self._batch(self.tokenizer, work.strings) if work.strings else []
 
     def finish(self, work: "Work", encodings: list[Any]) -> list[Encoded]:
         """Ids and segments of the texts, from what the library made of them."""
-        results = iter(self._results(work, iter(encodings)))
+        results = iter(self._results(work, encodings))
         return [self._assemble(text, spans, results) for text, spans in zip(work.texts, work.spans, strict=True)]
 
     def _stretches(self, text: Rendered) -> list[tuple[int, int]]:
@@ -164,19 +169,17 @@ class Codec:
             left = left[last[-1].start() if reaches else last[-1].end() :]
         return left
 
-    def _assemble(
-        self, text: Rendered, spans: list[tuple[int, int]], encodings: Iterator[tuple[list[int], "_Bounds"]]
-    ) -> Encoded:
+    def _assemble(self, text: Rendered, spans: list[tuple[int, int]], results: Iterator[Placed]) -> Encoded:
         ids: list[int] = []
         segments: list[Segment] = []
         remaining = iter(text.segments)
         for start, end in spans:
-            piece, bounds = next(encodings)
+            piece = next(results)
             base = len(ids)
-            ids += piece
+            ids += piece.ids
             first = base
             for _, b, role, own, weight in remaining:
-                last = base + bounds.token_at(b - start)
+                last = base + piece.token_at(b - start)
                 if first < last:
                     segments.append(Segment(first, last, role, own, weight))
                 first = last
@@ -184,10 +187,12 @@ class Codec:
                     break
         return ids, segments
 
-    def _results(self, work: "Work", encoded: Iterator[Any]) -> list[tuple[list[int], "_Bounds"]]:
+    def _results(self, work: "Work", encodings: list[Any]) -> list[Placed]:
         """Ids and bounds of every stretch. Counts last: work that fails is done again, line by line."""
+        encoded = iter(encodings)
+        made = (known or next(encoded) for known in work.known)
         results = [
-            self._defused(anchor, *stretch) if found else self._taken_off(next(encoded), anchor, piece)
+            self._defused(anchor, *stretch) if found else self._taken_off(next(made), anchor, piece)
             for stretch, anchor, piece, found in zip(
                 work.stretches, work.anchors, work.pieces, work.forged, strict=True
             )
@@ -195,14 +200,16 @@ class Codec:
         self.counts.defused += sum(map(len, work.forged))
         self.counts.allowed += work.allowed
         for right, text, cut in work.windows:
-            joint, before, after = next(encoded), results[right - 1], results[right]
+            joint, before, after = self._taken_off(next(made), "", text), results[right - 1], results[right]
             if not work.forged[right - 1] and not work.forged[right]:
-                self.counts.merges_cut += _merged(joint, cut, len(text), before[0], after[0])
+                self.counts.merges_cut += merged(joint, cut, before.ids, after.ids)
         return results
 
     @cached_property
     def _writes_a_space_first(self) -> bool:
         """Whether a text begins with a space that is not in it (Llama 2): one that goes on must not."""
+        if self.by_words:
+            return False
         try:
             alone, behind = self._batch(self.tokenizer, ["a", "\na"])
         except DataError:  # a vocabulary of words
@@ -220,17 +227,17 @@ class Codec:
                 return before[end - size :]
         return "\n"
 
-    def _taken_off(
-        self, encoding: Any, anchor: str, piece: str, tokenizer: Tokenizer | None = None
-    ) -> tuple[list[int], "_Bounds"]:
+    def _taken_off(self, encoding: Any, anchor: str, piece: str, tokenizer: Tokenizer | None = None) -> Placed:
         """Ids of a piece, and where its characters lie in them, of the encoding of anchor + piece."""
+        if isinstance(encoding, Starts):
+            return encoding
         ids, size = encoding.ids, len(anchor)
         if not anchor:
-            return ids, _Bounds(encoding, 0, 0, len(piece), len(ids))
+            return Bounds(ids, encoding, len(piece))
         before = [end for start, end in encoding.offsets if start < size]
         if max(before, default=0) > size:  # the anchor became one token with what follows
             return self._taken_off(self._batch(tokenizer or self.tokenizer, [piece])[0], "", piece)
-        return ids[len(before) :], _Bounds(encoding, size, len(before), len(piece), len(ids) - len(before))
+        return Bounds(ids[len(before) :], encoding, len(piece), size, len(before))
 
     def _windows(self, stretches: list[tuple[Rendered, int, int]]) -> list[tuple[int, str, int]]:
         """(number of the stretch that a hard cut begins, the text around the cut, the cut's place in it)."""
@@ -249,6 +256,9 @@ class Codec:
         """False where the pre-tokenizer cuts between the two sides and cuts the left one as it does alone."""
         if self.words is None or self._strips or left[-1] + right[:1] in self._inside:
             return True
+        if self.by_words and (left + right).isascii():
+            words = self.by_words.cut(left)
+            return self.by_words.cut(left + right)[: len(words)] != words
         if left not in self.left_words:
             if len(self.left_words) >= MAX_LEFT_WORDS:
                 self.left_words.clear()
@@ -287,7 +297,7 @@ class Codec:
         spans = [span for token, span in places if token in self._unwritable]
         return [(a, b) for a, b in spans if _overlaps(text.content, a + start, b + start)]
 
-    def _defused(self, anchor: str, text: Rendered, start: int, end: int) -> tuple[list[int], "_Bounds"]:
+    def _defused(self, anchor: str, text: Rendered, start: int, end: int) -> Placed:
         """Encode a stretch in which only the control strings that the template wrote are control tokens."""
         assert self.control
         renamed = self._renamed
@@ -302,10 +312,11 @@ class Codec:
         pieces.append(text.text[at:end])
         changed = renamed.names.get(anchor.rstrip(), anchor.rstrip()) + anchor[len(anchor.rstrip()) :]
         encoding = self._batch(renamed.tokenizer, [changed + "".join(pieces)])[0]
-        ids, bounds = self._taken_off(encoding, anchor, "".join(pieces), renamed.tokenizer)
-        if self._unwritable.difference(renamed.ids) & set(ids):
+        placed = self._taken_off(encoding, anchor, "".join(pieces), renamed.tokenizer)
+        if self._unwritable.difference(renamed.ids) & set(placed.ids):
             raise DataError("content spells a control token that this tokenizer cannot write as text")
-        return [renamed.ids.get(token, token) for token in ids], bounds
+        placed.ids = [renamed.ids.get(token, token) for token in placed.ids]
+        return placed
 
     def _batch(self, tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
         try:
@@ -334,7 +345,8 @@ def _overlaps(content: list[tuple[int, int]], start: int, end: int) -> bool:
 
 @dataclass
 class Work:
-    """Texts on their way through the library; `strings` is what it encodes: the safe stretches, then the windows."""
+    """Texts on their way through the library. `known` has what words seen before make of the safe stretches, then of
+    the windows, and None where it is the library that encodes them: `strings`."""
 
     texts: list[Rendered]
     spans: list[list[tuple[int, int]]]  # of each text, its stretches
@@ -343,43 +355,9 @@ class Work:
     anchors: list[str]
     forged: list[list[tuple[int, int]]]
     windows: list[tuple[int, str, int]]
+    known: list[Starts | None]
     strings: list[str]
     allowed: int  # control strings in content that are left as they are
-
-
-@dataclass
-class _Bounds:
-    """Where characters of a stretch lie in its tokens. The encoding has `chars` and `tokens` of an anchor before it."""
-
-    encoding: Any
-    chars: int
-    tokens: int
-    length: int
-    count: int
-
-    def token_at(self, char: int) -> int:
-        """The first token that starts at or after a character: a token belongs where its first character does."""
-        if char <= 0:
-            return 0
-        if char >= self.length:
-            return self.count
-        encoding, first = self.encoding, char + self.chars
-        for at in range(first, self.length + self.chars):
-            token = encoding.char_to_token(at)
-            if token is None:
-                continue  # a character that left no token of its own (normalised away)
-            begins_before = encoding.token_to_chars(token)[0] < first
-            while begins_before and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < first:
-                token += 1
-            return int(token) - self.tokens
-        return self.count
-
-
-def _merged(joint: Any, cut: int, length: int, before: list[int], after: list[int]) -> bool:
-    """Whether the text around a cut, encoded in one, has other tokens beside the cut than its two sides have."""
-    at = _Bounds(joint, 0, 0, length, len(joint.ids)).token_at(cut)
-    beside = joint.ids[max(at - 1, 0) : at + 1]
-    return bool(beside != before[-1:] + after[:1])
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:
