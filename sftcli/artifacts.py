@@ -19,6 +19,7 @@ from sftcli.lines import MAX_DEPTH, MAX_LINE_BYTES, deeper_than, name_of, read_l
 
 ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; the next stage refuses it
 CHUNK = 1 << 20
+PIPE_BYTES = 1 << 20  # the most that Linux gives to everybody
 BYTE = re.compile(r" \(byte (\d+)\)$")  # how msgspec says where, from 0
 CUT_OFF = "not JSON: Input data was truncated"
 LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves half-written and half-deleted
@@ -238,6 +239,7 @@ def open_output(path: str | None) -> Iterator[IO[bytes]]:
             yield file
         return
     out = sys.stdout.buffer
+    _widen_pipe(out)
     try:
         yield out
         out.flush()
@@ -251,6 +253,15 @@ def open_output(path: str | None) -> Iterator[IO[bytes]]:
             out.write(json_line({ERROR_FIELD: {"code": int(code), "message": str(error) or type(error).__name__}}))
             out.flush()
         raise
+
+
+def _widen_pipe(out: IO[bytes]) -> None:
+    """Let a pipe hold what a stage writes at once, so that the next one works on it while this one goes on."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with suppress(OSError):  # no pipe, or none that may be as wide
+            fcntl.fcntl(out.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def json_line(value: Any) -> bytes:

@@ -18,6 +18,7 @@ MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 256
 MAX_RATIO, SMALL = 200, 16 << 20  # more than SMALL bytes may not come out of 1/MAX_RATIO of them: a bomb
 SOON = 0.05  # seconds: who waits longer for the next line holds those before it back
+PIPE_BUFFER = 1 << 18  # bytes: each time it is empty costs a look at the clock and at the pipe
 ZSTD_CHUNK = 1 << 10  # of input at a time: up to 32768 times as much comes out of it
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 NOT_BRACKETS, ONE_KIND = bytes(set(range(256)) - set(b"[]{}")), bytes.maketrans(b"{}", b"[]")
@@ -46,7 +47,7 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     try:
-        yield io.BufferedReader(_Pipe(raw)) if _is_pipe(raw) else raw
+        yield io.BufferedReader(_Pipe(raw), PIPE_BUFFER) if _is_pipe(raw) else raw
     except OSError as error:
         raise UsageError(f"cannot read {name_of(path)}: {error.strerror or error}") from None
     finally:

@@ -33,7 +33,8 @@ from sftcli.text.speaker import REASONING_FIELDS, Rendered, Speaker
 from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec, Encoded, Work
 
-BATCH_ROWS, BATCH_BYTES = 256, 1 << 18  # of input, whose texts are encoded in one call of the library
+BATCH_ROWS, BATCH_BYTES = 128, 1 << 18  # of input, whose texts are encoded in one call of the library
+PIECE_LINES = 32  # that are written at once
 MAX_THREADS = 8  # more would wait for the one that reads, renders and writes
 LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
@@ -104,7 +105,7 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
         keep_for_later(codec, template)
         counter = console.Counter(line, "tokenize")
         for rows, encoded_lines in _lines(options, codec, template, rejects, summary):
-            out.writelines(encoded_lines)
+            out.writelines(_in_pieces(encoded_lines))
             out.flush()
             counter.add(rows)
         line.clear()
@@ -113,6 +114,21 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
         if summary.rows and not summary.documents:
             raise DataError(f"nothing was tokenised: of {summary.rows:,} rows {summary.rejected:,} were rejected")
     return summary
+
+
+def _in_pieces(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines joined, also those before an error: a reader of a pipe is woken for each piece."""
+    held: list[bytes] = []
+    try:
+        for line in lines:
+            held.append(line)
+            if len(held) == PIECE_LINES:
+                yield b"".join(held)
+                held.clear()
+    except SftError:
+        yield b"".join(held)
+        raise
+    yield b"".join(held)
 
 
 def _lines(
