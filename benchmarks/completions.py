@@ -56,7 +56,8 @@ def ties(model: GPT, prompts: Rows, found: Rows, expected: Rows) -> int:
     count = 0
     for row, a, b in zip(prompts, found, expected, strict=True):
         if a != b:
-            same = next(t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+            pairs = enumerate(zip(a, b, strict=False))
+            same = next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
             best, second = logits_of(model, row + a[:same])[-1].topk(2).values.tolist()
             if best - second >= TIE:
                 sys.exit(f"no figure: answers differ at token {same} by {best - second:.2g}")

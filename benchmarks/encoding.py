@@ -4,12 +4,8 @@ Both sides encode the same rendered texts. `library` is one encode_batch call, w
 ready in memory and with the tokenizer loaded; `sft` is the two processes from start to end: they load Python and the
 tokenizer, read JSONL, render the template, encode, map segments onto tokens, mask, and write rows. They run in turn,
 and what counts is the ratio of medians. Prints a JSON line per side and one for the ratio. Without -m the model is
-what `sft init` makes of the data; --rows N repeats the data up to N rows.
+what `sft init` makes of the data; --rows N repeats the data up to N rows (whose words are then no longer new).
 """
-
-import sys
-
-sys.path.pop(0)  # this folder: it would hide the standard library's `tokenize` from everything imported below
 
 import argparse
 import contextlib
@@ -20,6 +16,7 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable

@@ -19,6 +19,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
 POLL = 0.01  # seconds
+STEPPED = 17  # how TRL's process ends after its step
 
 
 def trl_step(given: argparse.Namespace) -> None:
@@ -30,21 +31,23 @@ def trl_step(given: argparse.Namespace) -> None:
 
     class Stop(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            os._exit(0)
+            os._exit(STEPPED)
 
     options, file = options_of(given.kind, 4, given.batch_rows), RowFile(given.rows)
     rows = [file[i] for i in range(4 * given.batch_rows)]
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(given.model, given.start, rows, options, Path(folder), **TRL_TUNED)
-        trainer.add_callback(Stop())
-        trainer.train()
+    trainer = trl_trainer(given.model, given.start, rows, options, given.trl, **TRL_TUNED)
+    trainer.add_callback(Stop())
+    trainer.train()
 
 
 def seconds_of_trl(given: argparse.Namespace) -> float:
-    begin = time.perf_counter()
-    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--trl"]
-    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        command = [sys.executable, "-P", __file__, *sys.argv[1:], "--trl", folder]
+        done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, check=False)
+        if done.returncode != STEPPED:
+            raise SystemExit(f"TRL ended before its first step: {done.stderr.decode()}")
+        return time.perf_counter() - begin
 
 
 def seconds_of_ours(given: argparse.Namespace) -> float:
@@ -74,7 +77,7 @@ def main() -> None:
     parser.add_argument("--batch-rows", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--trl", action="store_true", help=argparse.SUPPRESS)  # what a child runs
+    parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)  # what a child runs
     given = parser.parse_args()
     if given.trl:
         trl_step(given)

@@ -25,6 +25,7 @@ from train import Work, our_model
 
 from sftcli.model import optim
 from sftcli.model.batches import shuffled
+from sftcli.model.memory import keep_freed_memory
 from sftcli.model.scoring import total_score
 from sftcli.model.training import Plan, choose_engine, train_steps
 from sftcli.rowfile import RowFile
@@ -33,6 +34,7 @@ from sftcli.rows import Row
 SIDES = ("sft", "trl")
 FACTORS = (0.5, 1.0, 2.0)  # learning rates, as multiples of the usual one
 MANY = 10**6  # steps: the clock ends a run
+LOOKS = 6  # at the held-out loss, in a run
 KEPT = 100  # rows that choose the learning rate
 
 
@@ -58,6 +60,7 @@ class Clock:
 
 
 def run_ours(work: Work, rows: RowFile, held: Sequence[Row], clock: Callable[..., Clock]) -> Clock:
+    keep_freed_memory()  # as `sft train` does
     network, lr = our_model(work), work.options.optimizer.lr or 0.0
     optimizers, engine = optim.build(network, work.options.optimizer, lr), choose_engine("cpu", "float32")
     plan = Plan(rows.lengths()[:-KEPT], work.options)

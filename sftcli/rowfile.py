@@ -138,7 +138,9 @@ def _default(name: str, length: int) -> Any:
 def _fill(column: _Column, name: str, writer: RowFileWriter, missing: int) -> None:
     """A column that first differs from its default late: write the defaults of the rows before."""
     if name in PER_TOKEN_DEFAULT:
-        column.extend(_default(name, missing))
+        for start in range(0, missing, GATHERED):
+            column.extend(_default(name, min(GATHERED, missing - start)))
+            column.flush()
         return
     offsets = writer.columns["offsets"]
     offsets.flush()
@@ -146,6 +148,8 @@ def _fill(column: _Column, name: str, writer: RowFileWriter, missing: int) -> No
     ends = array("q", offsets.file.read())
     for start, end in pairwise(ends):
         column.extend(range(end - start))
+        if len(column.values) > GATHERED:
+            column.flush()
 
 
 def write_rows(path: str | Path, rows: Iterator[Row]) -> int:

@@ -126,14 +126,20 @@ def whole_products(request, monkeypatch):
     monkeypatch.setattr(int8, "exact_products", lambda: getattr(int8, request.param))
 
 
-def test_a_way_whose_sums_overflow_is_not_taken(monkeypatch):
+@pytest.fixture
+def chosen_anew():
+    int8.exact_products.cache_clear()
+    yield
+    int8.exact_products.cache_clear()
+
+
+def test_a_way_whose_sums_overflow_is_not_taken(monkeypatch, chosen_anew):
     def saturated(weight, scale):
         return lambda digits: int8.by_onednn(weight, scale)(digits).clamp(-32768, 32767)
 
+    assert not int8._is_exact(saturated)
     monkeypatch.setattr(int8, "by_fbgemm", saturated)
-    int8.exact_products.cache_clear()
     assert int8.exact_products() is int8.by_onednn
-    int8.exact_products.cache_clear()
 
 
 def of_whole_numbers(weight):
@@ -225,14 +231,12 @@ def test_int8_holds_no_float_weights_but_the_embedding(model):
     assert kept == 0
 
 
-def test_int8_is_refused_where_it_cannot_be(model, tmp_path, monkeypatch):
+def test_int8_is_refused_where_it_cannot_be(model, tmp_path, monkeypatch, chosen_anew):
     with pytest.raises(UsageError, match="not on meta"):
         laid_out(model.to("meta"), 1, "int8")
     monkeypatch.setattr(int8, "_is_exact", lambda make: False)
-    int8.exact_products.cache_clear()
     with pytest.raises(UsageError, match="does not multiply int8 exactly"):
         laid_out(make_model(tmp_path / "m", "llama"), 1, "int8")
-    int8.exact_products.cache_clear()
 
 
 # ---- the commands

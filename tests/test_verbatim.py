@@ -1,5 +1,6 @@
 """Templates that write contents as they are need not run for each conversation: filling in is rendering."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sftcli.errors import DataError, UsageError
 from sftcli.text.records import Conversation
 from sftcli.text.speaker import Speaker
 from sftcli.text.template import Template, load_template
@@ -26,9 +28,10 @@ def speaker(source):
     return Speaker(Template(source, "test", SPECIALS), _pattern(["</s>"]))
 
 
-def both_ways(source, messages, open_turn):
-    """What `source` makes of messages: rendered, and by filling in (or rendered, too): text and spans, or the error."""
-    conversation = Conversation("1", messages, [1.0] * len(messages), "messages")
+def both_ways(source, messages, open_turn, tools=None, fills=None):
+    """What `source` makes of messages: rendered, and by filling in (or rendered, too): text and spans, or the error.
+    `fills`: whether it must, or must not, have been filled in."""
+    conversation = Conversation("1", messages, [1.0] * len(messages), "messages", tools)
     found = []
     for contents in (None, "as read"):
         one = speaker(source)
@@ -37,8 +40,9 @@ def both_ways(source, messages, open_turn):
         try:
             text = one._render(conversation, len(messages), open_turn)
             found.append((str.__str__(text), getattr(text, "spans", ())))
-        except Exception as error:
+        except DataError as error:
             found.append(str(error))
+    assert fills is None or any(one.literals.values()) == fills
     return found
 
 
@@ -90,6 +94,13 @@ HARMFUL = [
     "message.content and 'x' or message.content[1:]",
     "raise_exception(message.content)",
     "cycler(message.content).current[:1]",
+    "('<' | safe) + message.content",
+    "(message.role | e) + message.content",
+    "(['<'] | map('safe') | first) + message.content",
+    "[message.role, 'other'] | random",
+    "lipsum()",
+    "messages['copy'].content",
+    "(message.content if messages[7].content is string else message.content | upper)",
 ]
 
 
@@ -97,8 +108,8 @@ HARMFUL = [
 def test_what_looks_into_a_content_is_rendered_each_time(expression):
     source = LOOP + "{{ message.role }}:{{ message.content }}{{ " + expression + " }}</s>{% endfor %}"
     assert Template(source, "test", SPECIALS).contents is None
-    for words in ("hello", "hi", "X"):
-        rendered, filled = both_ways(source, chat("hi", words)["messages"], False)
+    for words in ("hello", "hi", "X <") if "random" not in expression and "lipsum" not in expression else ():
+        rendered, filled = both_ways(source, chat("hi", words)["messages"], False, fills=False)
         assert filled == rendered
 
 
@@ -121,6 +132,12 @@ def test_what_looks_into_a_content_is_rendered_each_time(expression):
         "{% set m = messages[loop.index0] %}{% set m2 = m %}{{ m2.content | reverse }}",
         "{% if prev is defined %}{{ prev[:1] }}{% endif %}{% set prev = message.content %}",
         "{% call(x) cycler('a').next() %}{{ message.content[:1] }}{% endcall %}",
+        "{% if loop.first %}{% set c = message.content %}{% endif %}{% if c is string %}{{ c }}{% else %}"
+        "{{ message.content | upper }}{% endif %}",
+        "{% generation %}{% set c = message.content %}{% endgeneration %}{% if c is string %}{{ c }}{% else %}"
+        "{{ message.content | upper }}{% endif %}",
+        "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content | upper }}{% endif %}"
+        "{% set message = messages[9] %}",
     ],
 )
 def test_what_looks_into_a_content_through_a_name_is_rendered_each_time(statements):
@@ -146,11 +163,12 @@ def test_what_looks_into_a_content_through_a_name_is_rendered_each_time(statemen
 )  # fmt: skip
 def test_what_writes_contents_only_is_filled_in(source, how):
     assert Template(source, "test", SPECIALS).contents == how
-    for messages in (
-        [{"role": "system", "content": "be"}, *chat("hi", "ho")["messages"]],
-        chat(" hi", "x ")["messages"],
+    for messages, fills in (
+        ([{"role": "system", "content": "be"}, *chat("hi", "ho")["messages"]], True),
+        (chat(" hi", "x ")["messages"], how == "whole"),
+        (chat("hi", "")["messages"], False),
     ):
-        rendered, filled = both_ways(source, messages, False)
+        rendered, filled = both_ways(source, messages, False, fills=fills)
         assert filled == rendered
 
 
@@ -160,9 +178,37 @@ def test_what_writes_contents_only_is_filled_in(source, how):
         LOOP + "{{ message.content + message.content }}{% endfor %}",
         "{% for message in messages[::-1] %}{{ message.content }}{% endfor %}",
         "{{ messages[0].content }}",
+        "{{ '\0000\0' }}{{ messages[0].content is string }}",
     ],
 )
 def test_contents_that_are_written_twice_or_in_another_order_are_rendered(source):
     assert Template(source, "test", SPECIALS).contents == "whole"
     rendered, filled = both_ways(source, chat("hi", "hello")["messages"], False)
     assert filled == rendered
+
+
+def test_an_empty_list_of_tools_is_not_none():
+    source = "{% if tools is not none %}TOOLS{% endif %}" + LOOP + "{{ message.content }}|{% endfor %}"
+    for tools in (None, []):
+        rendered, filled = both_ways(source, chat("hi", "hello")["messages"], False, tools, fills=tools is None)
+        assert filled == rendered
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ message" + " | trim" * 60 + " }}",
+        "{{ message.role" + ".strip()" * 60 + " }}",
+        "{{ message" + "[0]" * 60 + " }}",
+        "".join(f"{{% set a{i} = a{i + 1} %}}" for i in range(2000)) + "{% set a2000 = messages[0].content %}",
+    ],
+)
+def test_a_long_template_is_read_in_no_time(source):
+    begin = time.process_time()
+    Template(source, "test", SPECIALS)
+    assert time.process_time() - begin < 2
+
+
+def test_a_template_too_deep_for_python_is_refused_in_one_line():
+    with pytest.raises(UsageError, match="template test is nested too deeply"):
+        Template("{{ bos_token" + " | trim" * 300 + " }}", "test", SPECIALS)

@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
         y = self._product(flat) if len(flat) <= MANY else torch.cat([self._product(part) for part in flat.split(MANY)])
-        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], y.shape[-1])
 
     def _product(self, x: Tensor) -> Tensor:
         """scale * W x (T, out) of x (T, in), digit by digit."""

@@ -134,7 +134,8 @@ def _in_pieces(lines: Iterator[bytes]) -> Iterator[bytes]:
 def _lines(
     options: Tokenize, codec: Codec, template: Template, rejects: Rejects, summary: Summary
 ) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """(rows read, output lines) batch by batch; the next ones are rendered while the library's threads encode."""
+    """(rows read, output lines) batch by batch. While the library's threads encode, the next ones are rendered and what
+    needs no library is encoded."""
     threads = _threads()
     waiting: deque[_Batch] = deque()
 

@@ -128,7 +128,7 @@ class Speaker:
     def _literals(self, messages: list[dict[str, Any]], tools: Any, open_turn: bool) -> list[str] | None:
         """What the template writes before, between and after the contents of such messages, where it writes them as
         they are: then it need not run for each conversation."""
-        if tools or not self.template.contents:
+        if tools is not None or not self.template.contents:
             return None
         for message in messages:
             content = message.get("content")
@@ -149,7 +149,7 @@ class Speaker:
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         text = self.template.render(messages, None, open_turn)
         found = re.split("(\0[0-9]+\0)", text)
-        return found[::2] if found[1::2] == marks else None
+        return found[::2] if found[1::2] == marks and "\0" not in "".join(found[::2]) else None
 
     def _turn(self, conversation: Conversation, i: int, whole: str | None) -> _Turn:
         """Where the words of message i begin and end, in the conversation rendered up to and including it."""

@@ -38,7 +38,7 @@ class Template:
             self.contents = writes_contents(source, self.environment)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(f"template {name}, line {error.lineno}: {error.message}") from None
-        except RecursionError:
+        except (RecursionError, SyntaxError):  # of Python, which has limits of its own
             raise UsageError(f"template {name} is nested too deeply") from None
 
     @property

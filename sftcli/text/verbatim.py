@@ -11,6 +11,10 @@ from jinja2 import Environment, nodes
 
 Kind = Literal["plain", "content", "text", "message", "messages"]  # text: content with something before or behind it
 TYPE_TESTS = {"defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean"}
+FILTERS = {"trim", "length", "count", "lower", "upper", "capitalize", "title", "first", "last", "list", "int", "join"}
+FILTERS |= {"default", "d", "string", "replace", "tojson"}  # on values without content; others escape or throw dice
+CALLS = {"raise_exception", "namespace", "strftime_now", "range", "dict"}
+PASSES = 16  # over a template; names that hand a value on more often are not followed
 LOOP = {"first", "last", "index", "index0", "revindex", "revindex0", "length"}  # the others show neighbours
 
 
@@ -26,12 +30,15 @@ def writes_contents(source: str, environment: Environment) -> Literal["whole", "
     found = _Reading()
     try:
         body = environment.parse(source).body
-        while found.changed:  # names are followed without order: a value may come round a loop
+        for _ in range(PASSES):  # names are followed without order: a value may come round a loop
             found.changed = False
+            found.kinds.clear()
             found.statements(body)
+            if not found.changed:
+                return "stripped" if found.strips else "whole"
     except _NotVerbatim:
-        return None
-    return "stripped" if found.strips else "whole"
+        pass
+    return None
 
 
 class _Reading:
@@ -39,7 +46,9 @@ class _Reading:
 
     def __init__(self) -> None:
         self.names: dict[str, Kind] = {"messages": "messages"}
-        self.strips, self.changed = False, True
+        self.kinds: dict[int, Kind] = {}  # of values that were looked at in this pass, by id
+        self.assigned: set[str] = set()  # names that something else than a loop has set
+        self.strips, self.changed = False, False
 
     def statements(self, body: list[nodes.Node]) -> None:
         for statement in body:
@@ -60,6 +69,10 @@ class _Reading:
                     self.truth(node.test)
                 self.statements([*node.body, *node.else_])
             case nodes.Assign():
+                targets = [node.target] if isinstance(node.target, nodes.Name) else node.target.find_all(nodes.Name)
+                names = {name.name for name in targets}
+                self.changed |= not names <= self.assigned
+                self.assigned |= names
                 self._set(node.target, self.kind(node.node))
             case nodes.Scope():
                 self.statements(node.body)
@@ -81,12 +94,25 @@ class _Reading:
 
     def _is_text(self, test: nodes.Node) -> bool | None:
         match test:
-            case nodes.Test(name="string") if self.kind(test.node) == "content":
+            case nodes.Test(name="string", node=nodes.Getattr(node=owner, attr="content")) if self._is_there(owner):
+                return True
+            case nodes.Test(name="string", node=nodes.Getitem(node=owner, arg=nodes.Const(value="content"))) if (
+                self._is_there(owner)
+            ):
                 return True
             case nodes.Not():
                 known = self._is_text(test.node)
                 return None if known is None else not known
         return None
+
+    def _is_there(self, owner: nodes.Node) -> bool:
+        """Whether a value is a message wherever its content can be asked for: names may be of something else."""
+        match owner:
+            case nodes.Name():
+                return owner.name not in self.assigned and self._is(owner, "message")
+            case nodes.Getitem(arg=nodes.Const(value=int())):
+                return self._is(owner, "message")
+        return False
 
     def _set(self, target: nodes.Node, kind: Kind) -> None:
         match target:
@@ -116,6 +142,11 @@ class _Reading:
                 self.kind(node)
 
     def kind(self, node: nodes.Node) -> Kind:
+        if id(node) not in self.kinds:
+            self.kinds[id(node)] = self._kind(node)
+        return self.kinds[id(node)]
+
+    def _kind(self, node: nodes.Node) -> Kind:
         match node:
             case nodes.Const() | nodes.TemplateData():
                 return "plain"
@@ -167,6 +198,7 @@ class _Reading:
 
     def _item(self, node: nodes.Getitem) -> Kind:
         if self._is(node.node, "messages"):
+            self._refuse(isinstance(node.arg, nodes.Const) and not isinstance(node.arg.value, int))
             self._plain(node.arg)
             return "messages" if isinstance(node.arg, nodes.Slice) else "message"
         if isinstance(node.arg, nodes.Const):
@@ -222,6 +254,8 @@ HARMLESS = (
 
 def _parts(node: nodes.Node) -> list[nodes.Node]:
     """What a value is made of, where nothing else can come in."""
-    if not isinstance(node, HARMLESS):
+    if not isinstance(node, HARMLESS) or (isinstance(node, nodes.Filter) and node.name not in FILTERS):
+        raise _NotVerbatim
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name not in CALLS:
         raise _NotVerbatim
     return list(node.iter_child_nodes())
