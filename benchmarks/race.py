@@ -34,7 +34,7 @@ from sftcli.rows import Row
 SIDES = ("sft", "trl")
 FACTORS = (0.5, 1.0, 2.0)  # learning rates, as multiples of the usual one
 MANY = 10**6  # steps: the clock ends a run
-LOOKS = 6  # at the held-out loss, in a run
+LOOKS = 4  # at the held-out loss, in a run
 KEPT = 100  # rows that choose the learning rate
 
 
