@@ -47,7 +47,7 @@ def both_ways(source, messages, open_turn, tools=None, fills=None):
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "alpaca", "plain", *FAMILIES])
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(turns=TURNS, open_turn=st.booleans())
 def test_template_filled_in_is_the_template_rendered(name, turns, open_turn):
     source = FAMILIES.get(name) or load_template(name, None, {}, SPECIALS).source
@@ -209,6 +209,8 @@ def test_a_long_template_is_read_in_no_time(source):
     assert time.process_time() - begin < 2
 
 
-def test_a_template_too_deep_for_python_is_refused_in_one_line():
+def test_a_template_too_deep_for_python_or_patience_is_refused_in_one_line():
+    begin = time.process_time()
     with pytest.raises(UsageError, match="template test is nested too deeply"):
         Template("{{ bos_token" + " | trim" * 300 + " }}", "test", SPECIALS)
+    assert time.process_time() - begin < 2.5

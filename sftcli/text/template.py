@@ -34,11 +34,11 @@ class Template:
         self.header: dict[str, Any] = _header(source)
         try:
             self.environment = environment()
-            self.compiled = self.environment.from_string(source)
+            self.compiled = limited(self.environment.from_string, source)
             self.contents = writes_contents(source, self.environment)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(f"template {name}, line {error.lineno}: {error.message}") from None
-        except (RecursionError, SyntaxError):  # of Python, which has limits of its own
+        except (RecursionError, SyntaxError, TimeoutError):  # Python has limits of its own, Jinja takes cubic time
             raise UsageError(f"template {name} is nested too deeply") from None
 
     @property

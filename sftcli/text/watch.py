@@ -49,7 +49,7 @@ class _Watch:
 _watch = _Watch()
 
 
-def limited(work: Callable[..., Any], given: dict[str, Any]) -> Any:
+def limited(work: Callable[..., Any], given: Any) -> Any:
     """work(given), or TimeoutError. Without a limit outside the main thread: no other hears of signals."""
     if threading.current_thread() is not threading.main_thread():
         return work(given)
