@@ -172,7 +172,7 @@ def test_a_signal_while_rows_arrive_ends_a_run_at_once(whole, tmp_path, number, 
     deadline = time.monotonic() + WITHIN
     while not (tmp_path / "run").is_dir() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.5)
+    time.sleep(1.5)  # until it waits for the rest of the line
     os.kill(process.id, number)
     found, told = process.wait()
     os.close(ours), os.close(theirs)
