@@ -17,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
-from generate import TIE, Rows, logits_of, prompts_of
+from generate import Rows, prompts_of, ties
 
 from sftcli.model.cache import padded
 from sftcli.model.checkpoint import load_trained, open_folder
@@ -49,20 +49,6 @@ def of_transformers(network: torch.nn.Module, prompts: Rows, batch: int, new: in
 def until(ids: list[int], stop: int) -> list[int]:
     """Up to the stop token and with it."""
     return ids[: ids.index(stop) + 1] if stop in ids else ids
-
-
-def ties(model: GPT, prompts: Rows, found: Rows, expected: Rows) -> int:
-    """How many answers differ from a near tie on. Ends the program at any other difference."""
-    count = 0
-    for row, a, b in zip(prompts, found, expected, strict=True):
-        if a != b:
-            pairs = enumerate(zip(a, b, strict=False))
-            same = next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
-            best, second = logits_of(model, row + a[:same])[-1].topk(2).values.tolist()
-            if best - second >= TIE:
-                sys.exit(f"no figure: answers differ at token {same} by {best - second:.2g}")
-            count += 1
-    return count
 
 
 def main() -> None:

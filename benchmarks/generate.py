@@ -84,7 +84,8 @@ def ties(model: GPT, rows: Rows, found: Rows, expected: Rows) -> int:
     count = 0
     for row, a, b in zip(rows, found, expected, strict=True):
         if a != b:
-            same = next(t for t, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+            pairs = enumerate(zip(a, b, strict=False))  # one may have ended before the other
+            same = next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
             best, second = logits_of(model, row + a[:same])[-1].topk(2).values.tolist()
             if best - second >= TIE:
                 sys.exit(f"no figure: outputs differ at token {same} by {best - second:.2g}")

@@ -94,11 +94,11 @@ class _Reading:
 
     def _is_text(self, test: nodes.Node) -> bool | None:
         match test:
-            case nodes.Test(name="string", node=nodes.Getattr(node=owner, attr="content")) if self._is_there(owner):
-                return True
-            case nodes.Test(name="string", node=nodes.Getitem(node=owner, arg=nodes.Const(value="content"))) if (
-                self._is_there(owner)
-            ):
+            case nodes.Test(
+                name="string",
+                node=nodes.Getattr(node=owner, attr="content")
+                | nodes.Getitem(node=owner, arg=nodes.Const(value="content")),
+            ) if self._is_there(owner):
                 return True
             case nodes.Not():
                 known = self._is_text(test.node)
