@@ -18,6 +18,7 @@ import torch
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
 from generate import Rows, prompts_of, ties
+from ratios import ratios
 
 from sftcli.model.cache import padded
 from sftcli.model.checkpoint import load_trained, open_folder
@@ -86,11 +87,9 @@ def main() -> None:
 def report(batch: int, seconds: dict[str, list[float]], answers: dict[str, Rows], tied: int) -> None:
     lengths = [len(answer) for answer in answers["transformers"]]
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    pairs = [b / a for a, b in zip(seconds["sft"], seconds["transformers"], strict=True)]
     figures = {"batch": batch, "prompts": len(lengths), "tokens": sum(lengths), "longest": max(lengths), "ties": tied}
     figures |= {"tokens_per_second": {name: round(sum(lengths) / taken, 1) for name, taken in medians.items()}}
-    figures |= {"ratio": round(medians["transformers"] / medians["sft"], 2)}
-    print(json.dumps(figures | {"min": round(min(pairs), 2), "max": round(max(pairs), 2)}), flush=True)
+    print(json.dumps(figures | ratios(seconds["sft"], seconds["transformers"])), flush=True)
 
 
 if __name__ == "__main__":

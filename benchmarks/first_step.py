@@ -18,6 +18,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 
+from ratios import ratios
+
 POLL = 0.01  # seconds
 STEPPED = 17  # how TRL's process ends after its step
 
@@ -96,9 +98,7 @@ def main() -> None:
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     for name, taken in seconds.items():
         print(json.dumps({"side": name, "seconds": round(medians[name], 2), "runs": [round(s, 2) for s in taken]}))
-    pairs = [b / a for a, b in zip(seconds["sft"], seconds["trl"], strict=True)]
-    spread = {"min": round(min(pairs), 2), "max": round(max(pairs), 2)}
-    print(json.dumps({"kind": given.kind, "ratio": round(medians["trl"] / medians["sft"], 2), **spread}))
+    print(json.dumps({"kind": given.kind, **ratios(seconds["sft"], seconds["trl"])}))
 
 
 if __name__ == "__main__":

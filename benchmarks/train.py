@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 import torch
 from limit import Limit
 from peers import TRL_TUNED, bare_steps, options_of, save_start, trl_trainer
+from ratios import ratios
 
 from sftcli.model import optim
 from sftcli.model.adapters import adapt
@@ -174,13 +175,6 @@ def figures(work: Work, seconds: list[float], peak: int) -> dict[str, float]:
         "trained_per_s": round(trained / sum(seconds), 1),
         "peak_mib": round(peak / 2**20),
     }
-
-
-def ratios(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Their time over ours: of the medians, and the spread of the pairs."""
-    pairs = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    ratio = statistics.median(theirs) / statistics.median(ours)
-    return {"times_faster": round(ratio, 3), "least": round(pairs[0], 3), "most": round(pairs[-1], 3)}
 
 
 def table(lines: list[dict[str, Any]]) -> Iterator[str]:
