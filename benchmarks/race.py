@@ -101,7 +101,7 @@ def child(given: argparse.Namespace) -> None:
     held = [rows[i] for i in range(len(rows) - KEPT, len(rows))] if given.search else list(RowFile(given.heldout))[:300]
 
     def clock(look: Callable[[], float]) -> Clock:
-        return Clock(given.began, given.seconds, 1 if given.search else 10, look)
+        return Clock(given.began, given.seconds, 1 if given.search else LOOKS, look)
 
     run = {"sft": run_ours, "trl": run_trl}[given.side]
     print(json.dumps(run(work, rows, held, clock).seen))
