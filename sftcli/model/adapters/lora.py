@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,8 @@ class LoraLinear(nn.Linear):
         """h (..., out) with the update that `down` (..., rank) leads to; `plain`: what DoRA's gain acts on."""
         exact = math.frexp(self.scale)[0] == 0.5  # powers of two round nothing, on whatever side
         if self.magnitude is None and exact and h.ndim == 2 and h.dtype == self.lora_B.dtype:
-            return h.addmm_(down * self.scale, self.lora_B.t())  # two passes over h less
+            added: Tensor = _Added.apply(h, down, self.lora_B, self.scale)
+            return added
         update = F.linear(down, self.lora_B).mul_(self.scale)
         if self.magnitude is None:
             return update.add_(h)
@@ -87,6 +89,24 @@ class LoraLinear(nn.Linear):
         """The weight (out, in) of a plain layer that does the same, in float32."""
         weight = self.direction()
         return weight if self.magnitude is None else self.magnitude[:, None] / row_norms(weight)[:, None] * weight
+
+
+class _Added(torch.autograd.Function):
+    """h (T, out) with scale * down B' added in place, two passes over it less; down (T, r), B (out, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, down: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(down, b)
+        ctx.scale = scale
+        ctx.mark_dirty(h)
+        return h.addmm_(down, b.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        down, b = ctx.saved_tensors
+        of_down = torch.addmm(b.new_zeros(1), grad, b, beta=0, alpha=ctx.scale)
+        of_b = (down.t() @ grad).mul_(ctx.scale)  # (r, out): in half the time of its transpose
+        return grad, of_down, of_b.t(), None
 
 
 def row_norms(weight: Tensor) -> Tensor:
