@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sftcli.model import varlen
+
 PAD = -1  # the row of pads
 
 
@@ -152,7 +154,7 @@ class Group:
 
 
 class RowAttention:
-    """Rows laid end to end without padding, the rows of one length in one kernel call.
+    """Rows laid end to end without padding, the rows of one length in one kernel call; where varlen.py serves, all.
 
     rows 4 5 | 6 7 | 1 2 3   ->   group (2 rows of 2), group (1 row of 3)
     """
@@ -160,14 +162,26 @@ class RowAttention:
     def __init__(self, groups: list[Group]):
         self.groups = groups
         self.sizes = [group.rows * group.length for group in groups]
+        causal, full = all(group.order is None for group in groups), all(group.full for group in groups)
+        self._after = 0 if causal else -1 if full else None  # tokens after itself that a query sees, if all rows agree
+        self._ends: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
         return torch.repeat_interleave(torch.tensor([g.length for g in self.groups]), torch.tensor(self.sizes))
 
     def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._after is not None and sight.cap is None and sight.prefix is None and varlen.serves(q, k):
+            return self._at_once(sight, q, k, v, self._after)
         pieces = zip(self.groups, q.split(self.sizes), k.split(self.sizes), v.split(self.sizes), strict=True)
         return torch.cat([self._group(sight, *piece) for piece in pieces])
+
+    def _at_once(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor, after: int) -> Tensor:
+        if self._ends is None:
+            self._ends = varlen.ends_of([group.length for group in self.groups for _ in range(group.rows)], q.device)
+        longest = max(group.length for group in self.groups)
+        before = -1 if sight.window is None or sight.window >= longest else sight.window - 1
+        return varlen.attend_rows(q, k, v, self._ends, longest, (before, after), sight.scale)
 
     def _group(self, sight: Sight, group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = (group.rows, group.length)
