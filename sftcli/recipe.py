@@ -267,7 +267,8 @@ class Train(Options):
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: off
     nonfinite_skips: Count = 0  # steps of a run that may be left out because their loss or gradient is not finite
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # activations are computed again in backward instead of kept
+    optimizer_offload: bool = False  # of a GPU: state of the optimizer lies in main memory, but for a step
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}  # source -> times an epoch has its rows (0.3: a share of them)
     seed: Seed = 0
     device: str = "auto"
@@ -295,6 +296,8 @@ class Train(Options):
             raise ValueError(f"base_dtype {self.base_dtype} is for weights that an adapter leaves frozen")
         if self.parallel == "fsdp" and isinstance(self.adapter, Prompt):
             raise ValueError("parallel fsdp cannot train an adapter of kind prompt; ddp can")  # blocks run twice
+        if self.parallel == "fsdp" and self.optimizer_offload:
+            raise ValueError("parallel fsdp shares the optimizer's state out: optimizer_offload is for ddp")
         if self.base_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("a base in bfloat16 computes in bfloat16: dtype float32 does not fit it")
         return self

@@ -7,7 +7,8 @@ import torch
 from model_fixtures import CPU, make_model, make_rows
 
 from sftcli import recipe
-from sftcli.model.optim import build, load_state_tensors, lr_share, set_lr, state_tensors
+from sftcli.model import optim
+from sftcli.model.optim import build, load_state_tensors, lr_share, set_lr, state_tensors, state_to_come, step
 from sftcli.model.shards import TensorFiles
 from sftcli.model.tensorfile import write_tensors
 from sftcli.model.training import accumulate
@@ -106,16 +107,15 @@ def test_shapes_have_the_values_written_by_hand():
 def test_state_put_back_continues_bit_for_bit(options, tmp_path):
     rows = make_rows([6, 9, 5])
 
-    def step(model, optimizers):
+    def train(model, optimizers):
         accumulate(model, rows, 99, CPU)
-        for optimizer in optimizers:
-            optimizer.step()
+        step(optimizers)
         model.zero_grad()
 
     model = make_model(tmp_path / "a", "llama")
     optimizers = build(model, options, 1e-2)
     for _ in range(3):
-        step(model, optimizers)
+        train(model, optimizers)
     state = {name: value.clone() for name, value in state_tensors(model, optimizers).items()}
     assert {name.rpartition("/")[0] for name in state} == {name for name, _ in model.named_parameters()}
 
@@ -129,9 +129,9 @@ def test_state_put_back_continues_bit_for_bit(options, tmp_path):
     again = state_tensors(other, fresh)
     assert set(again) == set(state)
     assert all(torch.equal(again[name], state[name]) for name in state)
-    step(model, optimizers)
-    step(other, fresh)
-    step(unstated, build(unstated, options, 1e-2))
+    train(model, optimizers)
+    train(other, fresh)
+    train(unstated, build(unstated, options, 1e-2))
     for name, p in model.named_parameters():
         assert torch.equal(p, dict(other.named_parameters())[name])
     assert not torch.equal(model.blocks[0].mlp.up.weight, unstated.blocks[0].mlp.up.weight)
@@ -141,3 +141,71 @@ def test_learning_rate_is_set_in_every_group_of_every_optimiser(tmp_path):
     optimizers = build(make_model(tmp_path / "m", "gpt2"), recipe.Muon(), 1e-3)
     set_lr(optimizers, 7e-5)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {7e-5}
+
+
+# ---- offloaded
+
+
+@pytest.mark.parametrize("options", [recipe.AdamW(lr=1e-2), recipe.Muon(lr=1e-2)], ids=["adamw", "muon"])
+def test_offloaded_steps_have_the_bits_of_others_and_their_state_stays_where_it_is(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "BUCKET", 3000)
+    rows = make_rows([6, 9, 5])
+    models = {name: make_model(tmp_path / name, "llama") for name in ("here", "there")}
+    optimizers = {
+        "here": build(models["here"], options, 1e-2),
+        "there": build(models["there"], options, 1e-2, offload=True),
+    }
+    assert len(optimizers["there"]) > len(optimizers["here"]) + 2
+    for optimizer in optimizers["there"]:
+        numbers = [p.numel() for group in optimizer.param_groups for p in group["params"]]
+        assert len(numbers) == 1 or sum(numbers) <= 3000
+    places = []
+    for _ in range(3):
+        for name, model in models.items():
+            accumulate(model, rows, 99, CPU)
+            step(optimizers[name])
+            model.zero_grad()
+        state = state_tensors(models["there"], optimizers["there"])
+        places.append({name: value.data_ptr() for name, value in state.items() if value.ndim})
+        expected = state_tensors(models["here"], optimizers["here"])
+        assert set(state) == set(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+    assert places[0] == places[1] == places[2]
+    for a, b in zip(models["here"].parameters(), models["there"].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_goes_on_offloaded_and_back(tmp_path):
+    rows, options = make_rows([6, 9, 5]), recipe.AdamW(lr=1e-2)
+    weights = []
+    for ways in ((False, False), (False, True), (True, False)):
+        model = make_model(tmp_path / f"m{len(weights)}", "llama")
+        for number, offload in enumerate(ways):
+            optimizers = build(model, options, 1e-2, offload=offload)
+            if number:
+                load_state_tensors(model, optimizers, TensorFiles([tmp_path / "state"]))
+            for _ in range(2):
+                accumulate(model, rows, 99, CPU)
+                step(optimizers)
+                model.zero_grad()
+            write_tensors(tmp_path / "state", state_tensors(model, optimizers))
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for others in weights[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights[0], others, strict=True))
+
+
+def test_state_that_is_still_to_come_is_all_of_it_or_that_of_a_bucket(tmp_path, monkeypatch):
+    model, rows = make_model(tmp_path / "m", "llama"), make_rows([6])
+    numbers = [p.numel() for p in model.parameters()]
+    optimizers = build(model, recipe.AdamW(), 1e-2)
+    assert state_to_come(optimizers) == 8 * sum(numbers)
+    accumulate(model, rows, 99, CPU)
+    step(optimizers)
+    assert state_to_come(optimizers) == 0
+    monkeypatch.setattr(optim, "BUCKET", 1)
+    assert state_to_come(build(model, recipe.AdamW(), 1e-2, offload=True)) == 8 * max(numbers)
+
+
+def test_offload_is_ddps():
+    with pytest.raises(ValueError, match="optimizer_offload is for ddp"):
+        recipe.Train(parallel="fsdp", optimizer_offload=True)

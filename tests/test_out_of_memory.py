@@ -153,7 +153,7 @@ def test_what_is_tried_changes_neither_weights_nor_random_numbers(base, monkeypa
 
 def test_a_cpu_with_ample_memory_tries_nothing_and_one_with_too_little_does_not_dare(base, monkeypatch, small):
     model, some, options = model_of(base), make_rows(LENGTHS), options_of("batch_rows=12")
-    plan, optimizers = Plan(LENGTHS, options), []
+    plan, optimizers = Plan(LENGTHS, options), optim.build(model, options.optimizer, 1e-2)
     tried = small(1000)
     monkeypatch.setattr(probe, "AMPLE", 1.5)
 

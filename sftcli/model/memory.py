@@ -12,6 +12,7 @@ from sftcli.model.adapters import adapt
 from sftcli.model.families import Family
 from sftcli.model.gpt import GPT, GPTConfig
 from sftcli.model.loss import CHUNK_LOGITS
+from sftcli.model.optim import BUCKET
 from sftcli.recipe import Muon, Train
 from sftcli.rows import Row
 
@@ -34,6 +35,8 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     moments = 2 * learned - (blocks if isinstance(options.optimizer, Muon) else 0)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if options.device == "auto" else options.device
+    if options.optimizer_offload and device != "cpu":
+        moments = min(moments, 2 * max([BUCKET, *trained.values()]))
     tokens = max(min(forward_tokens(options, device), options.batch_tokens), longest_row)
     found = {
         "weights_bytes": frozen * (count - learned) + FLOAT * learned,

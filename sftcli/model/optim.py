@@ -1,10 +1,11 @@
 """Optimisers over the right parameters, and the learning rate over the run."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from sftcli import recipe
@@ -13,15 +14,22 @@ from sftcli.model.shards import TensorFiles
 
 LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
 LR_TABLE = 1e-2  # of a prefix by itself: no matrix multiplies what it learns
+MOMENTS = 8  # bytes of AdamW's state for a parameter
+BUCKET = 1 << 26  # parameters whose state an offloaded step has on the device at once: 512 MiB of AdamW's
 
 
 def build(
-    model: GPT, options: recipe.AdamW | recipe.Muon, lr: float, lora_plus: float | None = None
+    model: GPT,
+    options: recipe.AdamW | recipe.Muon,
+    lr: float,
+    lora_plus: float | None = None,
+    offload: bool = False,
 ) -> list[Optimizer]:
     """The optimisers of a run. Weight decay acts on matrices, never on norms and biases.
 
     Muon takes the matrices of the blocks (its update rescaled to AdamW's size, arXiv 2502.16982, so that one lr serves
     both); embeddings, head, norms and biases stay with AdamW. `lora_plus`: LoRA's B learns at this multiple of the lr.
+    `offload`: state lies in main memory and is on the device only for a step, that of one optimizer after the other.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon: list[nn.Parameter] = []
@@ -33,12 +41,13 @@ def build(
     groups = _groups([p for p in rest if p.ndim >= 2], options.weight_decay, faster, lora_plus)
     groups += _groups([p for p in rest if p.ndim < 2], 0.0, faster, lora_plus)
     found: list[Optimizer] = []
-    if groups:
-        found.append(AdamW(groups, lr=lr, betas=options.betas, eps=options.eps, fused=True))
+    for part in _buckets(groups, offload):
+        found.append(AdamW(part, lr=lr, betas=options.betas, eps=options.eps, fused=True))
     if muon:
         assert isinstance(options, recipe.Muon)
         groups = _groups(muon, options.weight_decay, faster, lora_plus)
-        found.append(Muon(groups, lr=lr, momentum=options.momentum, adjust_lr_fn="match_rms_adamw"))
+        for part in _buckets(groups, offload):
+            found.append(Muon(part, lr=lr, momentum=options.momentum, adjust_lr_fn="match_rms_adamw"))
     set_lr(found, lr)
     return found
 
@@ -50,6 +59,67 @@ def _groups(
     slow, fast = [p for p in parameters if id(p) not in faster], [p for p in parameters if id(p) in faster]
     groups = [(slow, 1.0), (fast, ratio or 1.0)]
     return [{"params": ps, "weight_decay": decay, "lr_ratio": share} for ps, share in groups if ps]
+
+
+def _buckets(groups: list[dict[str, Any]], offload: bool) -> Iterator[list[dict[str, Any]]]:
+    """The groups of each optimizer: all of them, or some BUCKET parameters."""
+    if not offload:
+        yield from [groups] if groups else []
+        return
+    for group in groups:
+        part: list[nn.Parameter] = []
+        for p in group["params"]:
+            if part and sum(own.numel() for own in part) + p.numel() > BUCKET:
+                yield [{**group, "params": part, "offload": True}]
+                part = []
+            part.append(p)
+        yield [{**group, "params": part, "offload": True}]
+
+
+def step(optimizers: Sequence[Optimizer]) -> None:
+    """A step of each; state that is offloaded comes to the device for it, and goes back. The bits stay as they are."""
+    for optimizer in optimizers:
+        if not _is_offloaded(optimizer):
+            optimizer.step()
+            continue
+        kept = {name: tensor for name, tensor in _large(optimizer) if _serves(tensor, name[0].device)}
+        for (p, key), tensor in _large(optimizer):
+            optimizer.state[p][key] = tensor.to(p.device, non_blocking=True, copy=True)
+        optimizer.step()
+        homes = _in_main_memory({name: tensor for name, tensor in _large(optimizer) if name not in kept}) | kept
+        for (p, key), tensor in _large(optimizer):
+            optimizer.state[p][key] = homes[p, key].copy_(tensor, non_blocking=True)
+
+
+def _is_offloaded(optimizer: Optimizer) -> bool:
+    return any(group.get("offload") for group in optimizer.param_groups)
+
+
+def _large(optimizer: Optimizer) -> list[tuple[tuple[Tensor, str], Tensor]]:
+    """The state of an optimizer by parameter and name, without the counts of steps."""
+    states = [((p, key), value) for p, state in optimizer.state.items() for key, value in state.items()]
+    return [(name, value) for name, value in states if isinstance(value, Tensor) and value.ndim]
+
+
+def _serves(home: Tensor, device: torch.device) -> bool:
+    """Whether a device can fetch a tensor from there by itself (what was read from a file lies elsewhere)."""
+    return home.is_pinned() if device.type == "cuda" else home.device.type == "cpu"
+
+
+def _in_main_memory(tensors: dict[tuple[Tensor, str], Tensor]) -> dict[tuple[Tensor, str], Tensor]:
+    """Room for tensors, in one piece: torch takes a power of two for each that it pins."""
+    pinned = any(tensor.is_cuda for tensor in tensors.values())
+    whole = torch.empty(sum(tensor.numel() for tensor in tensors.values()), pin_memory=pinned)
+    pieces = whole.split([tensor.numel() for tensor in tensors.values()])
+    return {name: piece.view_as(own) for (name, own), piece in zip(tensors.items(), pieces, strict=True)}
+
+
+def state_to_come(optimizers: Sequence[Optimizer]) -> int:
+    """Bytes of state that the next step needs on the device beyond those that are there."""
+    sizes = [sum(p.numel() for group in o.param_groups for p in group["params"]) for o in optimizers]
+    if any(map(_is_offloaded, optimizers)):
+        return MOMENTS * max(sizes)
+    return 0 if any(o.state for o in optimizers) else MOMENTS * sum(sizes)
 
 
 def lr_share(step: int, steps: int, schedule: recipe.Schedule) -> float:
@@ -81,6 +151,8 @@ def set_lr(optimizers: list[Optimizer], lr: float) -> None:
 
 def state_tensors(model: GPT, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
     """Optimizer state as named tensors: `<parameter>/<key>`."""
+    if model.device.type == "cuda" and any(map(_is_offloaded, optimizers)):
+        torch.cuda.synchronize(model.device)  # what it was told to copy may still be under way
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         f"{names[id(p)]}/{key}": torch.as_tensor(value)
@@ -99,4 +171,5 @@ def load_state_tensors(model: GPT, optimizers: list[Optimizer], stored: TensorFi
         p = parameters[parameter]
         # fused AdamW counts its steps (a number) on the device, too
         value = stored.read_like(name, p) if stored.shape(name) else stored.read(name).to(p.device)
-        owner[id(p)].state[p][key] = value
+        there = bool(stored.shape(name)) and _is_offloaded(owner[id(p)])
+        owner[id(p)].state[p][key] = value.cpu() if there else value

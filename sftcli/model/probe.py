@@ -28,6 +28,7 @@ from sftcli.model.memory import (
     return_freed_memory,
     told_if_out_of_memory,
 )
+from sftcli.model.optim import state_to_come
 from sftcli.model.training import Engine, Plan, accumulate
 from sftcli.recipe import Train
 from sftcli.rows import Row
@@ -50,7 +51,7 @@ def fitting_tokens(
 ) -> int:
     """The micro_batch_tokens that fit: those of the options, or half of them, and so on. Raises OutOfMemory."""
     limit = forward_tokens(options, engine.device.type)
-    moments = 0 if any(o.state for o in optimizers) else 2 * FLOAT * _trained(model)  # come with the first step
+    moments = state_to_come(optimizers)
     if start == plan.steps or (engine.device.type == "cpu" and _ample(model, plan, options, limit, moments)):
         return limit
     while True:

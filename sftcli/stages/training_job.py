@@ -53,6 +53,7 @@ FREE_TO_CHANGE = {
     "checkpoint_every",
     "nonfinite_skips",
     "nproc",
+    "optimizer_offload",
     "process_timeout",
 }  # options that no step depends on
 
@@ -68,12 +69,14 @@ class Outcome:
     eval_accuracy: float | None = None
     seconds: float = 0.0
     tokens: int = 0
+    flop: int = 0
     model: str = ""
     sha256: str = ""
 
     def add(self, report: Report) -> None:
         self.steps = report.step
         self.tokens += report.tokens
+        self.flop += report.flop
         if not report.finite:
             return
         if math.isnan(report.loss):
@@ -189,6 +192,7 @@ def make_job(
     parts = parts_of(rows, train_rows, inputs, options.mix)
     plan = Plan([lengths[i] for i in train_rows], options, parts)
     lr = options.optimizer.lr or _default_lr(options, folder)
+    offload = options.optimizer_offload and engine.device.type != "cpu"  # of a CPU, state is in main memory already
     return Job(
         options=options,
         folder=folder,
@@ -197,7 +201,7 @@ def make_job(
         train_rows=train_rows,
         eval_rows=eval_rows,
         model=model,
-        optimizers=optim.build(model, options.optimizer, lr, _lora_plus(options)),
+        optimizers=optim.build(model, options.optimizer, lr, _lora_plus(options), offload),
         engine=engine,
         plan=plan,
         lr=lr,
