@@ -1,8 +1,6 @@
 """How fast a step could be: its matrix products and nothing else, at the speed of this machine in this minute.
 
-A step multiplies, for every token and weight, 2 FLOP forward and 2 for the gradient of the input; 2 more where the
-weight trains. The body sees all tokens, the head only those with a label; causal attention is counted without what it
-masks: 6 n^2 x heads x head width for a row of n tokens, forward and backward.
+What it multiplies: sftcli/model/flops.py. The body sees all tokens, the head only those with a label.
 """
 
 import statistics
@@ -13,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from sftcli.model.adapters.lora import LoraLinear
+from sftcli.model.flops import work_of
 from sftcli.model.gpt import GPT
 
 Shape = tuple[int, int]  # out, in
@@ -28,11 +26,7 @@ class Limit:
         self.body = Counter((m.out_features, m.in_features) for m in layers.values())
         self.head: Shape = (model.head.out_features, model.head.in_features)
         self.trains = all(m.weight.requires_grad for m in layers.values())
-        updates = [m for m in layers.values() if isinstance(m, LoraLinear)]
-        shared = {id(m.lora_A): m.lora_A.numel() for m in updates}
-        self.adapter = sum(shared.values()) + sum(m.lora_B.numel() for m in updates)
-        config = model.config
-        self.attention = 6 * config.layers * config.heads * config.head_dim  # FLOP of a row of one token
+        self.work = work_of(model)
         self.seconds_per_flop: dict[tuple[Shape, str], list[float]] = {}
         widest = max(most * max(map(max, self.body)), most_trained * max(self.head))
         self.x, self.y, self.dx = torch.randn(3, widest)
@@ -62,17 +56,14 @@ class Limit:
 
     def flop(self, lengths: Sequence[int], trained: int) -> float:
         """What a step over rows of these lengths has to multiply."""
-        return sum(self._linear(sum(lengths), trained).values()) + self._rest(lengths)
+        return self.work.of(lengths, trained)
 
     def seconds(self, lengths: Sequence[int], trained: int) -> float:
         """How long that takes here; attention and adapters at the mean speed of the linear layers."""
         linear = self._linear(sum(lengths), trained)
         spent = sum(flop * statistics.median(self.seconds_per_flop[key]) for key, flop in linear.items())
-        return spent * (1 + self._rest(lengths) / sum(linear.values()))
+        return spent * self.flop(lengths, trained) / sum(linear.values())
 
     def _linear(self, tokens: int, trained: int) -> dict[tuple[Shape, str], float]:
         shapes = [(shape, count * tokens) for shape, count in self.body.items()] + [(self.head, trained)]
         return {(shape, name): 2.0 * n * shape[0] * shape[1] for shape, n in shapes for name in self.passes}
-
-    def _rest(self, lengths: Sequence[int]) -> float:
-        return self.attention * sum(n * n for n in lengths) + 6 * self.adapter * sum(lengths)

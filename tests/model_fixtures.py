@@ -121,7 +121,7 @@ def write_turns(base: Path, path: Path, lengths: Sequence[int]) -> str:
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "tflop_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in read_jsonl(Path(run, "metrics.jsonl"))]
 
 

@@ -15,12 +15,13 @@ from sftcli.errors import UsageError
 from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
 from sftcli.model.breakdown import Part as Breakdown
 from sftcli.model.breakdown import means_by_part, sums_by_part
+from sftcli.model.flops import work_of
 from sftcli.model.gpt import GPT
 from sftcli.model.loss import PLAIN
 from sftcli.model.memory import forward_tokens, told_if_out_of_memory
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
-from sftcli.model.optim import lr_share, set_lr
+from sftcli.model.optim import lr_share, set_lr, step
 from sftcli.model.processes import World, filler, whole
 from sftcli.recipe import Loss, Train
 from sftcli.rows import Row
@@ -51,6 +52,7 @@ class Report:
     loss_by_turn: dict[str, float]
     finite: bool = True
     losses: dict[str, float] = field(default_factory=dict)
+    flop: int = 0  # of the model's products (flops.py)
 
 
 class Plan:
@@ -119,7 +121,7 @@ def train_steps(
     size of a micro-batch changes nothing. A gradient that is not finite never reaches the weights: see Report.finite.
     """
     model.set_dropout(options.dropout)
-    limit = forward_tokens(options, engine.device.type)
+    limit, work = forward_tokens(options, engine.device.type), work_of(model)
     for number, (indices, epoch, ends) in enumerate(plan.from_step(start), start):
         begin = time.monotonic()
         rows = [row(i) for i in indices]
@@ -136,11 +138,11 @@ def train_steps(
         finite = math.isfinite(loss) and math.isfinite(norm)
         if sums.weight and finite:  # a step of weight 0 trains nothing
             set_lr(optimizers, lr)
-            for optimizer in optimizers:
-                optimizer.step()
+            step(optimizers)
         model.zero_grad(set_to_none=True)
         names = fingerprint(*(row.id for row in rows))
-        yield sums.report(number + 1, names, epoch, lr, norm, finite, begin), ends
+        flop = work.of([len(row.input_ids) for row in rows], sums.trained)
+        yield sums.report(number + 1, names, epoch, lr, norm, finite, begin, flop), ends
 
 
 @dataclass
@@ -174,7 +176,9 @@ class StepSums:
         parts = dict(zip(self.parts, losses, strict=True))
         return replace(self, logged=logged, trained=int(trained), by_part=lambda: found, parts=parts)
 
-    def report(self, step: int, rows: str, epoch: float, lr: float, norm: float, finite: bool, begin: float) -> Report:
+    def report(
+        self, step: int, rows: str, epoch: float, lr: float, norm: float, finite: bool, begin: float, flop: int
+    ) -> Report:
         scored = max(self.trained, 1)
         loss, correct, entropy = self.logged.tolist()
         by_role, by_source, by_turn = means_by_part(self.by_part())
@@ -195,6 +199,7 @@ class StepSums:
             loss_by_source=by_source,
             loss_by_turn=by_turn,
             finite=finite,
+            flop=flop,
         )
 
 

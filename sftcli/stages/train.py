@@ -30,6 +30,7 @@ from sftcli.model.adapters.prefix import shortened
 from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
 from sftcli.model.dataset import check_rows, check_tokenizer
 from sftcli.model.decoding import Completion, decode
+from sftcli.model.flops import peak_of
 from sftcli.model.growth import Prompt, blanks_of_row
 from sftcli.model.memory import forward_tokens, keep_freed_memory
 from sftcli.model.probe import fitting_tokens
@@ -249,7 +250,8 @@ def _metrics(report: Report, evaluation: Totals | None) -> dict[str, Any]:
     line = {name: value for name, value in asdict(report).items() if value != {}}  # no rows with turns, no role
     if report.finite:
         del line["finite"]
-    line |= {"tokens_per_second": report.tokens / max(report.seconds, 1e-9)}
+    seconds = max(report.seconds, 1e-9)
+    line |= {"tokens_per_second": report.tokens / seconds, "tflop_per_second": line.pop("flop") / seconds / 1e12}
     if evaluation:
         line |= {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, "eval_tokens": evaluation.tokens}
         line |= {f"eval_{name}": value for name, value in evaluation.of_pairs.items()}
@@ -326,9 +328,18 @@ def _finish(job: Job, base: str) -> Outcome:
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
     console.note(
         f"train: {outcome.steps} steps in {console.clock(outcome.seconds)}{reached}, "
-        f"{rate:,.0f} tokens/s; wrote {outcome.model} (sha256 {outcome.sha256})"
+        f"{rate:,.0f} tokens/s{_of_peak(job)}; wrote {outcome.model} (sha256 {outcome.sha256})"
     )
     return outcome
+
+
+def _of_peak(job: Job) -> str:
+    """The share of what GPUs could multiply in bfloat16 that the run has multiplied."""
+    peak = peak_of(job.engine.device) if job.engine.dtype == torch.bfloat16 else None
+    if peak is None:
+        return ""
+    could = peak * job.engine.world.size * max(job.outcome.seconds, 1e-9)
+    return f" ({job.outcome.flop / could:.0%} of the GPU's FLOP/s)"
 
 
 def _load_best(job: Job, step: int) -> None:
