@@ -78,6 +78,7 @@ def our_model(work: Work) -> GPT:
     network = load_model(folder)
     if work.options.adapter:
         adapt(network, folder.family, work.options.adapter, work.options.seed)
+    network.gradient_checkpointing = work.options.gradient_checkpointing
     return network
 
 

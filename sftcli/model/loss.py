@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sftcli.recipe import Loss
 
-CHUNK_LOGITS = 1 << 24  # float32 logits formed at once: 64 MiB; each chunk goes over the head's whole gradient once
+CHUNK_LOGITS = 1 << 23  # float32 logits formed at once: 32 MiB; each chunk goes over the head's whole gradient once
 PLAIN = Loss()
 
 
