@@ -1,6 +1,7 @@
-"""How long a person waits before anything happens: python benchmarks/startup.py [--runs 9]
+"""How long a person waits before anything happens: python benchmarks/startup.py [-m MODEL] [--runs 9]
 
-Whole processes, timed from outside in turn; medians in seconds, one JSON line each. `python -c pass` is the floor.
+Whole processes, timed from outside in turn; medians in seconds, one JSON line each. `python -c pass` is the floor. With
+a model also one token from it, ours beside transformers (extra `bench`). The first training step: first_step.py.
 """
 
 import argparse
@@ -13,6 +14,14 @@ import tempfile
 import time
 
 SFT = [sys.executable, "-m", "sftcli"]
+PROMPT = "Name a river."
+PEER = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = (kind.from_pretrained(sys.argv[1]) for kind in (AutoTokenizer, AutoModelForCausalLM))
+ids = tokenizer(sys.argv[2], return_tensors="pt")
+print(tokenizer.decode(model.float().generate(**ids, max_new_tokens=1, do_sample=False)[0]))
+"""
 DATA = os.path.join(os.path.dirname(__file__), "..", "data", "samples")
 
 
@@ -25,7 +34,9 @@ def seconds(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
-    runs = parser.parse_args().runs
+    parser.add_argument("-m", "--model")
+    given = parser.parse_args()
+    runs = given.runs
     with tempfile.TemporaryDirectory() as folder:
         base, tokens = os.path.join(folder, "base"), os.path.join(folder, "tokens.jsonl")
         prompts = os.path.join(DATA, "prompts.jsonl")
@@ -47,6 +58,15 @@ def main() -> None:
             "sft show": [*SFT, "show", tokens],
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         }
+        if given.model:
+            asked = os.path.join(folder, "asked.jsonl")
+            with open(asked, "w") as file:
+                file.write(json.dumps({"text": PROMPT}) + "\n")
+            ours = [*SFT, "generate", asked, "-m", given.model, "--max-new-tokens", "1"]
+            commands |= {
+                "sft generate (1 token)": ours,
+                "transformers (1 token)": [sys.executable, "-c", PEER, given.model, PROMPT],
+            }
         times: dict[str, list[float]] = {name: [] for name in commands}
         for run in range(runs + 1):
             for name, command in commands.items():
