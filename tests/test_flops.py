@@ -1,5 +1,7 @@
 """FLOP of a step: as torch counts them while it runs, less what attention masks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from model_fixtures import CPU, make_model, make_rows
@@ -8,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 from sftcli.model.adapters import adapt
 from sftcli.model.checkpoint import open_folder
 from sftcli.model.flops import PEAKS, Work, peak_of, seen_by_all, work_of
-from sftcli.model.training import accumulate
+from sftcli.model.training import Engine, accumulate
 from sftcli.recipe import Lora
+from sftcli.stages import train as stage
 
 LENGTHS = (6, 9, 6, 14)
 IN_PLACE = {torch.ops.aten.addmm_: lambda own, a, b, **_: mm_flop(a, b)}  # which torch's counter leaves out
@@ -89,6 +92,14 @@ def test_peak_is_that_of_the_devices_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_of(torch.device("cuda")) == peak
     assert peak_of(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, " (25% of the GPU's FLOP/s)"), (torch.float32, "")])
+def test_a_run_tells_its_share_of_all_its_gpus(dtype, told, monkeypatch):
+    monkeypatch.setattr(stage, "peak_of", lambda device: 1e12)
+    engine = Engine(torch.device("cpu"), dtype, SimpleNamespace(size=2))
+    job = SimpleNamespace(engine=engine, outcome=SimpleNamespace(flop=2e12, seconds=4.0))
+    assert stage._of_peak(job) == told
 
 
 def test_no_name_hides_a_longer_one():

@@ -80,7 +80,7 @@ def _flop_of_adapters(layers: Sequence[nn.Linear]) -> int:
 
 
 def seen_by_all(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, itself included, in a causal row."""
+    """Pairs of a token and one that it sees, itself included, in a causal row (of masked LM it sees twice as many)."""
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + window * (length - window)
