@@ -41,7 +41,8 @@ class Batch:
         """The same batch on a device; copies do not wait for it."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            fetched = tensor.pin_memory() if device.type == "cuda" else tensor  # else the copy waits for the GPU
+            return fetched.to(device, non_blocking=True)
 
         for group in self.attention.groups:
             group.order = None if group.order is None else move(group.order)

@@ -136,13 +136,15 @@ def train_steps(
         norms = clip(model, options.clip_norm)
         loss, norm = torch.stack([sums.logged[0], norms.to(sums.logged)]).tolist()  # the step's one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
+        names = fingerprint(*(row.id for row in rows))
+        flop = work.of([len(row.input_ids) for row in rows], sums.trained)
+        # told before the optimizer's step is under way: a GPU takes that while the next batch is made
+        report = sums.report(number + 1, names, epoch, lr, norm, finite, flop)
         if sums.weight and finite:  # a step of weight 0 trains nothing
             set_lr(optimizers, lr)
             step(optimizers)
         model.zero_grad(set_to_none=True)
-        names = fingerprint(*(row.id for row in rows))
-        flop = work.of([len(row.input_ids) for row in rows], sums.trained)
-        yield sums.report(number + 1, names, epoch, lr, norm, finite, begin, flop), ends
+        yield replace(report, seconds=time.monotonic() - begin), ends
 
 
 @dataclass
@@ -176,9 +178,7 @@ class StepSums:
         parts = dict(zip(self.parts, losses, strict=True))
         return replace(self, logged=logged, trained=int(trained), by_part=lambda: found, parts=parts)
 
-    def report(
-        self, step: int, rows: str, epoch: float, lr: float, norm: float, finite: bool, begin: float, flop: int
-    ) -> Report:
+    def report(self, step: int, rows: str, epoch: float, lr: float, norm: float, finite: bool, flop: int) -> Report:
         scored = max(self.trained, 1)
         loss, correct, entropy = self.logged.tolist()
         by_role, by_source, by_turn = means_by_part(self.by_part())
@@ -191,7 +191,7 @@ class StepSums:
             trained=self.trained,
             lr=lr,
             grad_norm=norm,
-            seconds=time.monotonic() - begin,
+            seconds=math.nan,  # it is not over
             accuracy=correct / scored if math.isfinite(loss) else math.nan,  # nan has a largest logit, too
             entropy=entropy / scored,
             losses=self.losses if len(self.parts) > 1 else {},
