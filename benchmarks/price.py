@@ -1,8 +1,8 @@
 """What a setting of training costs: python benchmarks/price.py ROWS -m MODEL [--kind full|lora] SETTING...
 
-ROWS is a file of `sft mask`; a SETTING changes none of the steps, as gradient_checkpointing=true or
-micro_batch_tokens=1024. A model as it comes and one under each setting take the same steps in turn, in one process; the
-first is a warm-up. Peaks are those of processes that run one of them. One JSON line each.
+ROWS is a file of `sft mask`; a SETTING changes none of the steps: gradient_checkpointing=true or, say,
+micro_batch_tokens=1024. A model as it comes and one under each setting take the same steps in turn, in one process;
+the first is a warm-up. Peaks are those of processes that run one of them. One JSON line each.
 """
 
 import argparse
@@ -24,6 +24,12 @@ from sftcli.recipe import Train
 from sftcli.recipefile import apply_settings, parse
 
 
+def setting(text: str) -> str:
+    if text.partition("=")[0] not in ("gradient_checkpointing", "micro_batch_tokens"):
+        raise argparse.ArgumentTypeError(f"{text}: only settings of how a step is computed on a CPU")
+    return text
+
+
 def changed(options: Train, settings: list[str]) -> Train:
     made: Train = parse(Train, apply_settings(options.model_dump(mode="json"), settings))
     return made
@@ -38,7 +44,7 @@ def peak(settings: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows")
-    parser.add_argument("settings", nargs="+")
+    parser.add_argument("settings", nargs="+", type=setting)
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--kind", choices=("full", "lora"), default="full")
     parser.add_argument("--steps", type=int, default=6)
@@ -47,7 +53,7 @@ def main() -> None:
     given = parser.parse_args()
     keep_freed_memory()  # as `sft train` does
     options = options_of(given.kind, given.steps, given.batch_rows)
-    sides = {"as it comes": options, **{setting: changed(options, [setting]) for setting in given.settings}}
+    sides = {"as it comes": options, **{text: changed(options, [text]) for text in given.settings}}
     if given.alone is not None:
         work = Work(given.rows, given.model, changed(options, given.alone), None)
         list(our_steps(our_model(work), work))

@@ -1,7 +1,8 @@
-"""What a step has to multiply, in FLOP: of the tokens that are there, and where a label is, and no more.
+"""What a step has to multiply, in FLOP: the blocks all tokens, the head those with a label, nothing padding.
 
-However a step is computed, this is its work: what is computed again (gradient checkpointing) or for nothing does not
-count, so that FLOP a second compares runs; its share of what a GPU can do is what others call MFU (arXiv 2204.02311).
+What stands before rows (a prefix, a prompt) and the head for pairs are left out. However a step is computed, this is its
+work: what is computed again (gradient checkpointing) does not count, so that FLOP a second compares runs; its share of
+what a GPU can do is what others call MFU (arXiv 2204.02311).
 """
 
 import re
@@ -18,7 +19,9 @@ from sftcli.model.gpt import GPT
 PEAKS = {
     "B200": 2250e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -28,8 +31,10 @@ PEAKS = {
     "A10G": 70e12,
     "A10": 125e12,
     "RTX 4090": 165e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
 }
+LESS = re.compile(r"\b(MIG|Laptop|D)\b")  # in the name of a part of a device, or of a smaller one
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def _flop_of_adapters(layers: Sequence[nn.Linear]) -> int:
 
 
 def seen_by_all(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, itself included, in a causal row (of masked LM it sees twice as many)."""
+    """Pairs of a token and one that it sees, itself included, in a causal row (others, as masked LM's, have more)."""
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + window * (length - window)
@@ -91,4 +96,5 @@ def peak_of(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
+    known = (peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name))
+    return None if LESS.search(name) else next(known, None)

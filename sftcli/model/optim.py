@@ -88,7 +88,7 @@ def step(optimizers: Sequence[Optimizer]) -> None:
         optimizer.step()
         homes = _in_main_memory({name: tensor for name, tensor in _large(optimizer) if name not in kept}) | kept
         for (p, key), tensor in _large(optimizer):
-            optimizer.state[p][key] = homes[p, key].copy_(tensor, non_blocking=True)
+            optimizer.state[p][key] = homes[p, key].copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def _is_offloaded(optimizer: Optimizer) -> bool:
@@ -115,11 +115,10 @@ def _in_main_memory(tensors: dict[tuple[Tensor, str], Tensor]) -> dict[tuple[Ten
 
 
 def state_to_come(optimizers: Sequence[Optimizer]) -> int:
-    """Bytes of state that the next step needs on the device beyond those that are there."""
-    sizes = [sum(p.numel() for group in o.param_groups for p in group["params"]) for o in optimizers]
-    if any(map(_is_offloaded, optimizers)):
-        return MOMENTS * max(sizes)
-    return 0 if any(o.state for o in optimizers) else MOMENTS * sum(sizes)
+    """Bytes of state that come to the device with the first step and stay."""
+    if any(o.state or _is_offloaded(o) for o in optimizers):
+        return 0
+    return MOMENTS * sum(p.numel() for o in optimizers for group in o.param_groups for p in group["params"])
 
 
 def lr_share(step: int, steps: int, schedule: recipe.Schedule) -> float:

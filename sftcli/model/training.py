@@ -44,7 +44,7 @@ class Report:
     trained: int
     lr: float
     grad_norm: float
-    seconds: float
+    seconds: float  # on a GPU the optimizer's part may count in the next step
     accuracy: float
     entropy: float
     loss_by_role: dict[str, float]

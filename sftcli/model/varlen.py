@@ -24,7 +24,8 @@ NEAR = 0.03  # of the largest number: what rounding to 8 bits makes of an exampl
 
 def ends_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Where rows of these lengths begin, and where the last one ends: (rows + 1,) int32."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return ends.to(device, non_blocking=True)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: Window, scale: float) -> Tensor:
@@ -60,7 +61,7 @@ def _is_right(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: in
                     return False
         except torch.OutOfMemoryError:
             raise  # which says nothing of the kernel
-        except (ImportError, TypeError, RuntimeError):  # none here, an older one, or not for this processor
+        except (ImportError, TypeError, ValueError, RuntimeError):  # none here, an older one, or not for this processor
             return False
     return True
 

@@ -336,7 +336,7 @@ def _finish(job: Job, base: str) -> Outcome:
 def _of_peak(job: Job) -> str:
     """The share of what GPUs could multiply in bfloat16 that the run has multiplied."""
     peak = peak_of(job.engine.device) if job.engine.dtype == torch.bfloat16 else None
-    if peak is None:
+    if peak is None or not job.outcome.flop:
         return ""
     could = peak * job.engine.world.size * max(job.outcome.seconds, 1e-9)
     return f" ({job.outcome.flop / could:.0%} of the GPU's FLOP/s)"
