@@ -1,8 +1,8 @@
 """What a step has to multiply, in FLOP: the blocks all tokens, the head those with a label, nothing padding.
 
-What stands before rows (a prefix, a prompt) and the head for pairs are left out. However a step is computed, this is its
-work: what is computed again (gradient checkpointing) does not count, so that FLOP a second compares runs; its share
-of what a GPU can do is what others call MFU (arXiv 2204.02311).
+What stands before rows (a prefix, a prompt) and the head for pairs are left out. However a step is computed, this is
+its work: what is computed again (gradient checkpointing) does not count, so that FLOP a second compares runs; its
+share of what a GPU can do is what others call MFU (arXiv 2204.02311).
 """
 
 import re
