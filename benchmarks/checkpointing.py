@@ -50,9 +50,8 @@ def trained_model(layers: int) -> tuple[GPT, list[torch.optim.Optimizer]]:
     optimizers = optim.build(model, AdamW(), 1e-5)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    optim.step(optimizers)
+    model.zero_grad(set_to_none=True)
     return model, optimizers
 
 

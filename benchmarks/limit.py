@@ -54,15 +54,11 @@ class Limit:
                 seconds = time.perf_counter() - begin
                 self.seconds_per_flop.setdefault((shape, name), []).append(seconds / (2 * n * out * inner))
 
-    def flop(self, lengths: Sequence[int], trained: int) -> float:
-        """What a step over rows of these lengths has to multiply."""
-        return self.work.of(lengths, trained)
-
     def seconds(self, lengths: Sequence[int], trained: int) -> float:
         """How long that takes here; attention and adapters at the mean speed of the linear layers."""
         linear = self._linear(sum(lengths), trained)
         spent = sum(flop * statistics.median(self.seconds_per_flop[key]) for key, flop in linear.items())
-        return spent * self.flop(lengths, trained) / sum(linear.values())
+        return spent * self.work.of(lengths, trained) / sum(linear.values())
 
     def _linear(self, tokens: int, trained: int) -> dict[tuple[Shape, str], float]:
         shapes = [(shape, count * tokens) for shape, count in self.body.items()] + [(self.head, trained)]

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent))  # python -P leaves it out
 import torch
 from peers import options_of
 from ratios import ratios
-from train import Work, agree, our_model, our_steps, timed
+from train import Work, agree, alternated, our_model, our_steps
 
 from sftcli.model.memory import keep_freed_memory, peak_bytes
 from sftcli.recipe import Train
@@ -62,13 +62,7 @@ def main() -> None:
     peaks = {name: peak([] if side is options else [name]) for name, side in sides.items()}
     works = {name: Work(given.rows, given.model, side, None) for name, side in sides.items()}
     running = {name: our_steps(our_model(work), work) for name, work in works.items()}
-    losses: dict[str, list[float]] = {name: [] for name in sides}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(given.steps):
-        for name in sorted(sides, reverse=number % 2 == 1):  # nobody is always second
-            loss, spent = timed(running[name])
-            losses[name].append(loss)
-            seconds[name] += [spent] if number else []
+    losses, seconds = alternated(running, given.steps)
     apart = agree(losses)
     for name, spent in seconds.items():
         figures = {"kind": given.kind, "setting": name, "median_s": round(statistics.median(spent), 3)}

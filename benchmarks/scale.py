@@ -111,8 +111,7 @@ def step_of(length: int, batch: int, layers: int, width: int) -> tuple[Callable[
     def step() -> None:
         accumulate(model, rows, batch * length, engine)
         clip(model, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optim.step(optimizers)
         model.zero_grad(set_to_none=True)
 
     step()

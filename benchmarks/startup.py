@@ -62,9 +62,8 @@ def main() -> None:
             asked = os.path.join(folder, "asked.jsonl")
             with open(asked, "w") as file:
                 file.write(json.dumps({"text": PROMPT}) + "\n")
-            ours = [*SFT, "generate", asked, "-m", given.model, "--max-new-tokens", "1"]
             commands |= {
-                "sft generate (1 token)": ours,
+                "sft generate (1 token)": [*SFT, "generate", asked, "-m", given.model, "--max-new-tokens", "1"],
                 "transformers (1 token)": [sys.executable, "-c", PEER, given.model, PROMPT],
             }
         times: dict[str, list[float]] = {name: [] for name in commands}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -146,6 +146,21 @@ def agree(losses: dict[str, list[float]]) -> float:
     return apart
 
 
+def alternated(
+    sides: dict[str, Iterator[float]], steps: int, between: Callable[[int], None] = lambda number: None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(losses, seconds of every step but the first) by side, step by step in turn; `between` comes after each."""
+    losses: dict[str, list[float]] = {side: [] for side in sides}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(steps):
+        for side in sorted(sides, reverse=number % 2 == 1):  # nobody is always second
+            loss, spent = timed(sides[side])
+            losses[side].append(loss)
+            seconds[side] += [spent] if number else []
+        between(number)
+    return losses, seconds
+
+
 def in_turn(work: Work) -> tuple[dict[str, list[float]], Limit, float]:
     """(seconds of every step but the first by side, the limit, how far losses are apart), step by step in turn."""
     keep_freed_memory()  # as `sft train` does; the other side has it, too
@@ -156,14 +171,9 @@ def in_turn(work: Work) -> tuple[dict[str, list[float]], Limit, float]:
     }
     numbers = range(len(work.steps))
     limit = Limit(network, max(sum(work.lengths(i)) for i in numbers), max(map(work.trained, numbers)))
-    losses: dict[str, list[float]] = {side: [] for side in sides}
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for number in numbers:
-        for side in sorted(sides, reverse=number % 2 == 1):  # nobody is always second
-            loss, spent = timed(sides[side])
-            losses[side].append(loss)
-            seconds[side] += [spent] if number else []
-        limit.measure(sum(work.lengths(number)), work.trained(number))
+    losses, seconds = alternated(
+        sides, len(numbers), lambda number: limit.measure(sum(work.lengths(number)), work.trained(number))
+    )
     return seconds, limit, agree(losses)
 
 
@@ -193,7 +203,7 @@ def step_figures(work: Work, name: str) -> Iterator[dict[str, Any]]:
     seconds, limit, apart = in_turn(work)
     numbers = range(1, len(work.steps))
     least = [limit.seconds(work.lengths(i), work.trained(i)) for i in numbers]
-    flop = [limit.flop(work.lengths(i), work.trained(i)) for i in numbers]
+    flop = [limit.work.of(work.lengths(i), work.trained(i)) for i in numbers]
     for side, spent in seconds.items():
         share = statistics.median(a / b for a, b in zip(least, spent, strict=True))
         yield {"side": side, "kind": name, **figures(work, spent, peaks[side]), "share_of_limit": round(share, 3)}
