@@ -11,6 +11,7 @@ from sftcli.model.pieces import Source, made_of
 
 Matrix = tuple[Tensor, Tensor | None]  # weight (out, in), bias (out,)
 NARROW = 32  # outputs: products of fewer waste most of their time
+WIDE = 2  # outputs for each input: where there are more, oneDNN is faster than MKL
 
 
 class Linear(nn.Linear):
@@ -51,6 +52,19 @@ def products(x: Tensor, matrices: Sequence[Matrix]) -> Sequence[Tensor]:
     return made
 
 
+def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b (..., out), outside of autograd: in float32 on a CPU by oneDNN where the output is much wider than x.
+
+    MKL takes 1.1 times as long for a gate of 576 inputs and 1,536 outputs, 1.5 for a head of 49,152.
+    """
+    out, inner = weight.shape
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not plain or out < WIDE * inner or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return made
+
+
 class _Products(torch.autograd.Function):
     """x W' + b for several W and b; narrow W are one product. Keeps what x is made of, if a W learns."""
 
@@ -64,7 +78,7 @@ class _Products(torch.autograd.Function):
         ctx.shape, ctx.sizes = x.shape, [len(weight) for weight in weights]
         found: dict[int, Tensor] = {}
         for group, weight in zip(ctx.groups, joined, strict=True):
-            y = F.linear(x, weight, biases[group[0]])
+            y = wide_product(x, weight, biases[group[0]])
             parts = y.split([ctx.sizes[i] for i in group], -1) if len(group) > 1 else (y,)  # no view: may be added to
             found |= zip(group, parts, strict=True)
         return tuple(found[i] for i in range(len(weights)))

@@ -17,12 +17,13 @@ The divisor of a step is the sum of w in every case.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sftcli.model.linear import wide_product
 from sftcli.recipe import Loss
 
-CHUNK_LOGITS = 1 << 23  # float32 logits formed at once: 32 MiB; each chunk goes over the head's whole gradient once
+CHUNK_LOGITS = 1 << 24  # float32 logits formed at once: 64 MiB; with fewer rows the products are slower
+BLOCK_LOGITS = 1 << 20  # of them turned into gradients at once on a CPU: what that takes stays near the processor
 PLAIN = Loss()
 
 
@@ -52,27 +53,19 @@ class _ProjectedLoss(torch.autograd.Function):
         options: Loss,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = max(64, CHUNK_LOGITS // weight.shape[0])
+        block = max(16, BLOCK_LOGITS // weight.shape[0]) if hidden.device.type == "cpu" else rows
         grads = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias)
-        nll, correct, entropy, loss = (torch.empty(len(hidden), device=hidden.device) for _ in range(4))
+        learns = any(grad is not None for grad in grads)
+        told = torch.empty(4, len(hidden), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            h, y = hidden[part], targets[part, None]
-            logits = F.linear(h, weight, bias).float()  # (n, V)
-            slope = scaled_and_capped(logits, scale, cap)
-            top, best = logits.max(-1, keepdim=True)
-            p = logits.softmax(-1)
-            log_total = top - p.gather(1, best).log()  # p of the best is 1 / V at least
-            nll[part] = (log_total - logits.gather(1, y)).squeeze(1)
-            correct[part] = (best == y).squeeze(1).float()
-            w = weights[part] * torch.exp(-nll[part]) if options.dft else weights[part]
-            loss[part] = w * token_loss(nll[part], logits, log_total.squeeze(1), options)
-            entropy[part] = log_total.squeeze(1) - logits.mul_(p).sum(-1)  # the logits' last use
-            if all(grad is None for grad in grads):
-                continue
-            g = gradient_(p, y, log_total, options)  # d(loss)/d(logits), unweighted
-            if isinstance(slope, Tensor) or slope != 1.0:
-                g *= slope  # d(logits)/d(h @ weight)
-            _add_gradients(grads, g, h, w[:, None], weight, part)
+            logits = wide_product(hidden[part], weight, bias).float()  # (n, V)
+            of_rows = (t[..., part].split(block, -1) for t in (targets, weights, told))
+            for z, y, w, out in zip(logits.split(block), *of_rows, strict=True):
+                torch.stack(_scored_(z, y, w, scale, cap, options, learns), out=out)
+            if learns:
+                _add_gradients(grads, logits, hidden[part], weight, part)
+        loss, nll, correct, entropy = told
         ctx.save_for_backward(*grads)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll, correct, entropy)
@@ -85,6 +78,25 @@ class _ProjectedLoss(torch.autograd.Function):
         weight = None if weight is None else weight.to(ctx.dtypes[0])
         bias = None if bias is None else bias.to(ctx.dtypes[1])
         return hidden, weight, bias, None, None, None, None, None
+
+
+def _scored_(
+    logits: Tensor, y: Tensor, w: Tensor, scale: float, cap: float | None, options: Loss, learns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(n,) each: weighted loss, nll, whether the label is the most likely, entropy; of products with the head (n, V),
+    labels y (n,) and weights w (n,). Where something learns, the products become d(loss)/d(product), weighted."""
+    slope, y = scaled_and_capped(logits, scale, cap), y[:, None]
+    top, best = logits.max(-1, keepdim=True)
+    p = logits.softmax(-1)
+    log_total = top - p.gather(1, best).log()  # p of the best is 1 / V at least
+    nll = (log_total - logits.gather(1, y)).squeeze(1)
+    if options.dft:
+        w = w * torch.exp(-nll)
+    loss = w * token_loss(nll, logits, log_total.squeeze(1), options)
+    entropy = log_total.squeeze(1) - logits.mul_(p).sum(-1)  # the logits' last use
+    if learns:
+        torch.mul(gradient_(p, y, log_total, options), w[:, None] * slope, out=logits)
+    return loss, nll, (best == y).squeeze(1).float(), entropy
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden (N, C), weight (V, C) and bias (V,)
@@ -100,20 +112,18 @@ def _empty_gradients(needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, b
     )
 
 
-def _add_gradients(grads: Gradients, g: Tensor, h: Tensor, w: Tensor, weight: Tensor, part: slice) -> None:
-    """What a chunk's g = d(loss)/d(h @ weight.T) (n, V), weighted by w (n, 1), gives to each."""
+def _add_gradients(grads: Gradients, g: Tensor, h: Tensor, weight: Tensor, part: slice) -> None:
+    """What a chunk's g = d(loss)/d(h @ weight.T) (n, V) gives to each."""
     hidden, head, bias = grads
     if hidden is not None:
         torch.matmul(g.to(weight.dtype), weight, out=hidden[part])
-        hidden[part] *= w
     if head is not None:
-        weighted = h.float() * w  # (n, C): of the two factors the one that is smaller
         if part.start:
-            head.addmm_(g.T, weighted)
+            head.addmm_(g.T, h.float())
         else:
-            torch.mm(g.T, weighted, out=head)
+            torch.mm(g.T, h.float(), out=head)
     if bias is not None:
-        bias += torch.mv(g.T, w[:, 0])
+        bias += g.sum(0)
 
 
 def token_loss(nll: Tensor, logits: Tensor, log_total: Tensor, options: Loss) -> Tensor:

@@ -62,8 +62,8 @@ def forward_tokens(options: Train, device: str) -> int:
 
 
 def logits_bytes(config: GPTConfig) -> int:
-    """Of one chunk: logits, probabilities and two temporaries."""
-    return 4 * FLOAT * max(CHUNK_LOGITS, 64 * config.vocab_size)
+    """Of one chunk, and as much again for what is made of it."""
+    return 2 * FLOAT * max(CHUNK_LOGITS, 64 * config.vocab_size)
 
 
 def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> int:
