@@ -196,7 +196,8 @@ def test_logits_of_every_step_equal_a_forward_without_padding(model, side):
         logits = prefill(model, table, prompts)
         for step in range(6):
             for prompt, found in zip(prompts, logits, strict=True):
-                torch.testing.assert_close(found, row_logits(model, prompt)[-1], atol=1e-5, rtol=1e-5)
+                # logits of 7; some processors are 1.4e-5 apart here
+                torch.testing.assert_close(found, row_logits(model, prompt)[-1], atol=2e-5, rtol=1e-5)
             if step == 2:  # the longest leaves, another enters
                 del prompts[1]
                 table.keep([0, 2])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from sftcli.model.adapters.lora import LoraLinear
 from sftcli.model.linear import NARROW, Linear, of_one_input, products
-from sftcli.model.pieces import gated, rms_norm
+from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm
 
 
 def draw(*shape, seed=0):
@@ -96,7 +96,7 @@ def test_frozen_layers_keep_nothing_of_their_input():
 def test_what_a_piece_has_made_is_made_again_instead_of_kept():
     x, up, weight = draw(40, 64).requires_grad_(), draw(40, 64, seed=1).requires_grad_(), draw(64, seed=2)
     layers = [layer_of(64, 48, 0), layer_of(64, 40, 5)]
-    for piece in (lambda: rms_norm(x, weight, 1e-5), lambda: gated(x, up, F.silu)):
+    for piece in (lambda: rms_norm(x, weight, 1e-5), lambda: gated(x, up, ACTIVATIONS["silu"])):
         kept: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, kept=kept: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t

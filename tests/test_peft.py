@@ -71,9 +71,9 @@ def ours_on(folder, path):
     return model
 
 
-def same(found, expected):
+def same(found, expected, atol=1e-5):
     assert float(expected.std()) > 0.3  # these logits can tell models apart
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 def theirs_of(oracle, model, tmp_path, options, base="base"):
@@ -225,7 +225,7 @@ def test_merged_folder_gives_the_logits_of_base_and_adapter(oracle, case, varian
     peft.save_adapter(model, folder, tmp_path / "a", options, str(tmp_path / "base"), {})
     merge(str(tmp_path / "a"), str(tmp_path / "merged"))
     merged = load_model(open_folder(tmp_path / "merged"))
-    same(row_logits(merged, IDS), row_logits(model, IDS))
+    same(row_logits(merged, IDS), row_logits(model, IDS), atol=2e-5)  # logits of 5, processors round differently
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(their_logits(theirs.eval(), IDS), row_logits(model, IDS), atol=2e-5, rtol=0)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,16 +21,10 @@ from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
 from sftcli.model.linear import Linear, of_one_input
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
-from sftcli.model.pieces import gated, rms_norm
+from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
 from sftcli.recipe import Loss
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
 TOKEN_TYPES = 2  # that masked LM adds: the halves of a pair
 
 Joined = Callable[[Tensor], Sequence[Tensor]]  # layers with one input in one product (layout.py)

@@ -11,7 +11,7 @@ from sftcli.model.pieces import Source, made_of
 
 Matrix = tuple[Tensor, Tensor | None]  # weight (out, in), bias (out,)
 NARROW = 32  # outputs: products of fewer waste most of their time
-WIDE = 2  # outputs for each input: where there are more, oneDNN is faster than MKL
+MANY, WIDE = 64, 2  # rows, and outputs for each input, from which on oneDNN is faster than MKL
 
 
 class Linear(nn.Linear):
@@ -53,13 +53,14 @@ def products(x: Tensor, matrices: Sequence[Matrix]) -> Sequence[Tensor]:
 
 
 def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + b (..., out), outside of autograd: in float32 on a CPU by oneDNN where the output is much wider than x.
+    """x W' + b (..., out), outside of autograd: many rows of float32 on a CPU by oneDNN where the output is much wider.
 
     MKL takes 1.1 times as long for a gate of 576 inputs and 1,536 outputs, 1.5 for a head of 49,152.
     """
     out, inner = weight.shape
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not plain or out < WIDE * inner or not torch.backends.mkldnn.is_available():
+    wide = out >= WIDE * inner and x.numel() >= MANY * inner
+    if not (plain and wide and torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made

@@ -5,9 +5,12 @@ the backward pass; on a CPU that cost more than the products of matrices between
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Source = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # a cheap function, and what it makes a tensor of
@@ -65,34 +68,53 @@ def _scaled(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
     return (x.float() * r).mul_(weight).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Activation:
+    """A function of each number, and its backward pass: of a gradient (...) and what the function was given (...)."""
+
+    function: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+aten = torch.ops.aten
+ACTIVATIONS = {
+    "silu": Activation(F.silu, aten.silu_backward),
+    "gelu": Activation(F.gelu, aten.gelu_backward),
+    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
+    "relu": Activation(F.relu, partial(aten.threshold_backward, threshold=0)),
+}
+
+
 class _Gated(torch.autograd.Function):
     """activation(gate) * up; keeps gate and up, not the activation."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation, left: list[Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
+        ctx.activation, ctx.left = activation, left
         return activation(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.activation(gate)
-        (d_gate,) = torch.autograd.grad(activated, gate, grad * up)
-        return d_gate, activated.detach().mul_(grad), None
+        activated = ctx.left.pop() if ctx.left else ctx.activation(gate)
+        return ctx.activation.backward(grad * up, gate), activated.mul_(grad), None, None
 
 
-def gated(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """activation(gate) * up (arXiv 2002.05202); `activation` acts on each number and returns a new tensor."""
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up (arXiv 2002.05202)."""
+    if not torch.is_grad_enabled():
+        return activation(gate).mul_(up)
+    left: list[Tensor] = []  # the activation, by a product behind this that made it again just before
 
     def make(gate: Tensor, up: Tensor) -> Tensor:
-        return activation(gate).mul_(up)
+        left[:] = [activation(gate)]
+        return left[0] * up
 
-    if not torch.is_grad_enabled():
-        return make(gate, up)
-    return _noted(_Gated.apply(gate, up, activation), make, gate, up)
+    return _noted(_Gated.apply(gate, up, activation, left), make, gate, up)
 
 
 class _Turned(torch.autograd.Function):
