@@ -13,7 +13,7 @@ from sftcli.model import int8
 from sftcli.model.adapters.lora import adapt, merge
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.gpt import Linear
-from sftcli.model.int8 import BASE, LARGEST, MANY, Int8Linear, quantized
+from sftcli.model.int8 import LARGEST, MANY, MOST, Int8Linear, quantized
 from sftcli.model.layout import Product, laid_out
 from sftcli.recipe import Generate, Lora
 
@@ -142,6 +142,29 @@ def test_a_way_whose_sums_overflow_is_not_taken(monkeypatch, chosen_anew):
     assert int8.exact_products() is int8.by_onednn
 
 
+def by_pairs(weight, scale):
+    """As AVX2 multiplies: unsigned by signed, the sums of two products cut off at 16 bits."""
+
+    def products(digits):
+        terms = (digits + int8.HALF).round().clamp(0, 255)[:, None] * weight.float()  # (N, out, in)
+        pairs = terms.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
+        return (pairs.sum(-1) - int8.HALF * weight.float().sum(1)) * scale
+
+    return products
+
+
+def test_digits_are_small_enough_for_processors_that_add_two_products_in_16_bits(monkeypatch):
+    assert int8._is_exact(by_pairs)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(3))
+    found = []
+    for way in (by_pairs, int8.by_onednn):
+        monkeypatch.setattr(int8, "exact_products", lambda way=way: way)
+        found.append(Int8Linear([linear(96, 24, 5, False)])(x))
+    assert torch.equal(*found)
+    monkeypatch.setattr(int8, "HALF", 128)
+    assert not int8._is_exact(by_pairs)  # digits of 8 bits are too large
+
+
 def of_whole_numbers(weight):
     whole, scale = quantized(weight)
     return whole * scale[:, None]
@@ -163,7 +186,7 @@ def test_int8_layer_equals_a_float_product_with_the_weights_it_stands_for(rows, 
     x[0, 3] = 50 * x[0].abs().max()  # an outlier takes the digits of the others
     expected = [x.double() @ of_whole_numbers(m.weight.detach()).double().t() for m in layers]
     joined = Int8Linear(layers)
-    error = x.abs().amax(1, keepdim=True) / (BASE * LARGEST) * 96  # half a step for each number, at the most
+    error = x.abs().amax(1, keepdim=True) / MOST * 96  # half a step for each number, at the most
     for found, product, layer in zip(joined.joined(x), expected, layers, strict=True):
         product = product + (layer.bias.detach() if bias else 0)
         assert found.dtype == torch.float32
@@ -205,7 +228,7 @@ def test_int8_model_equals_a_float_model_of_the_weights_it_stands_for(model, who
     laid_out(model, 1, "int8")
     found = row_logits(model, random_ids(20, 3))
     cost = float((expected - plain).abs().max())
-    assert float((found - expected).abs().max()) < 0.03 * cost  # 15 bits of what meets the weights are nearly all of it
+    assert float((found - expected).abs().max()) < 0.06 * cost  # 14 bits of what meets the weights are nearly all of it
     prompts, given = prompts_of(9, 1, 30, 4, 12), {"max_new_tokens": 12}
     apart = complete(model, prompts, batch_size=1, **given)
     for size in (2, 32):

@@ -1,10 +1,12 @@
 """Weights as whole numbers for decoding: a quarter of the memory and of the time that reading them takes.
 
 A weight is -127..127 times a scale for each of its outputs. What it meets is written in two digits,
-x = step * (128 * high + low), so to 15 bits of the largest number of its row: products of whole numbers are exact,
-however many rows there are. FBGEMM multiplies them where torch has it and the processor adds exactly, else oneDNN.
+x = step * (128 * high + low), so to 14 bits of the largest number of its row: products of whole numbers are exact,
+however many rows there are, also on processors whose sums of two products have 16 bits (AVX2: 127 * 127 * 2 fit).
+FBGEMM multiplies them where torch has it, else oneDNN.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,9 +17,9 @@ from torch import Tensor, nn
 from sftcli.errors import UsageError
 from sftcli.model.adapters.lora import LoraLinear
 
-BASE = 128  # of the two digits: high is one of -127..127, low of 0..127
-LARGEST = 127  # of a digit, and of a weight
-ZERO = 128  # FBGEMM's numbers are unsigned on one side
+BASE, HALF = 128, 64  # of the two digits: high is one of -63..63, low of -64..63
+MOST = BASE * (HALF - 1) + HALF - 1  # that two digits can say
+LARGEST = 127  # of a weight
 MANY = 256  # rows of one product: bounds the memory of the digits
 LEAST = 1e-30  # of a step or scale: a row of zeros stays one
 FBGEMM = "linear_with_input_q_dq_qweight_dq_output_fp32"
@@ -36,6 +38,7 @@ class Int8Linear(nn.Module):
         self.products = make(torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts]))
         biases = [layer.bias.data.float() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
+        self.nudge = torch.tensor(0.5 / BASE)  # x / BASE is never half way between two digits
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
@@ -44,14 +47,15 @@ class Int8Linear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         """scale * W x (T, out) of x (T, in), digit by digit."""
-        step = x.abs().amax(-1, keepdim=True).clamp_(min=LEAST).div_(BASE * LARGEST)
+        count = len(x)
+        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp_(min=LEAST).mul_(1 / MOST)
         whole = torch.div(x, step).round_()
-        digits = x.new_empty(2 * len(x), x.shape[-1])  # high above low
-        high, low = digits[: len(x)], digits[len(x) :]
-        torch.mul(whole, 1 / BASE, out=high).floor_()
-        torch.sub(whole, high, alpha=BASE, out=low)
+        digits = x.new_empty(2 * count, x.shape[-1])
+        high, low = digits[:count], digits[count:]
+        torch.add(self.nudge, whole, alpha=1 / BASE, out=high).round_()
+        torch.add(whole, high, alpha=-BASE, out=low)
         y = self.products(digits)  # (2T, out)
-        return torch.add(y[len(x) :], y[: len(x)], alpha=BASE).mul_(step)
+        return torch.add(y[count:], y[:count], alpha=BASE).mul_(step)
 
     def joined(self, x: Tensor) -> tuple[Tensor, ...]:
         return self(x).split(self.sizes, -1)
@@ -79,7 +83,7 @@ def by_fbgemm(weight: Tensor, scale: Tensor) -> Products:
         packed = torch.ops.quantized.linear_prepack(whole, None)
     finally:
         torch.backends.quantized.engine = engine
-    return lambda digits: multiply(digits, 1.0, ZERO, packed)
+    return lambda digits: multiply(digits, 1.0, HALF, packed)  # unsigned there: it adds HALF
 
 
 def by_onednn(weight: Tensor, scale: Tensor) -> Products:
@@ -101,6 +105,7 @@ def exact_products() -> Callable[[Tensor, Tensor], Products]:
 def _is_exact(make: Callable[[Tensor, Tensor], Products]) -> bool:
     most = torch.full((64, 64), LARGEST, dtype=torch.int8)
     return all(
-        bool((make(weight, torch.ones(64))(most.float()) == 64 * LARGEST * int(weight[0, 0])).all())
-        for weight in (most, -most)
+        bool((make(sign * most, torch.ones(64))(torch.full((64, 64), digit)) == sign * 64 * LARGEST * digit).all())
+        for sign in (1, -1)
+        for digit in (HALF - 1.0, -float(HALF))
     )
