@@ -38,7 +38,9 @@ class Int8Linear(nn.Module):
         self.products = make(torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts]))
         biases = [layer.bias.data.float() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.nudge = torch.tensor(0.5 / BASE)  # x / BASE is never half way between two digits
+        # tensors: to make one of a number takes longer than to multiply with it. With the nudge x / BASE is never half
+        # way between two digits
+        self.share, self.nudge = torch.tensor(1 / MOST), torch.tensor(0.5 / BASE)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
@@ -48,7 +50,7 @@ class Int8Linear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """scale * W x (T, out) of x (T, in), digit by digit."""
         count = len(x)
-        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp_(min=LEAST).mul_(1 / MOST)
+        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp_(min=LEAST).mul_(self.share)
         whole = torch.div(x, step).round_()
         digits = x.new_empty(2 * count, x.shape[-1])
         high, low = digits[:count], digits[count:]
