@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sftcli.model.adapters.lora import LoraLinear
-from sftcli.model.linear import NARROW, Linear, of_one_input, products
+from sftcli.model.linear import MANY, NARROW, Linear, of_one_input, products, wide_product
 from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm
 
 
@@ -134,3 +134,11 @@ def test_under_autocast_products_are_those_of_autocast():
         for found, layer in zip(products(x, [m for own in layers for m in own.matrices()]), layers, strict=True):
             assert found.dtype == torch.bfloat16
             assert torch.equal(found, F.linear(x, layer.weight))
+
+
+@pytest.mark.parametrize("rows", [MANY - 1, MANY, MANY + 5])
+@pytest.mark.parametrize("bias", [None, draw(96, seed=3)])
+def test_wide_products_equal_those_of_plain_layers(rows, bias):
+    x, weight = draw(rows, 24), draw(96, 24, seed=1)
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(wide_product(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
