@@ -9,7 +9,7 @@ from model_fixtures import PRESETS, make_model, model_folder, random_ids, read_j
 from test_decoding import assert_equal_outputs, complete, prompts_of
 
 from sftcli.errors import UsageError
-from sftcli.model import int8
+from sftcli.model import int8, layout
 from sftcli.model.adapters.lora import adapt, merge
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.gpt import Linear
@@ -43,17 +43,40 @@ def linear(inside, out, seed=0, bias=True):
 # ---- float weights
 
 
-@pytest.fixture(params=["packed", "transposed"])
+@pytest.fixture(params=["half", "onednn", "mkl", "onednn stored", "transposed"])
 def way(request, monkeypatch):
-    """With MKL's copies of the weights, and as where there is no MKL or no room for them."""
-    if request.param == "transposed":
-        monkeypatch.setattr("sftcli.model.layout.TWICE", 0)
-    elif not torch.backends.mkl.is_available():
+    """Each way to multiply that torch has here, whatever the processor."""
+    name = request.param
+    monkeypatch.setattr(layout, "prefers_onednn", lambda: name.startswith("onednn"))
+    if name == "mkl" and not torch.backends.mkl.is_available():
         pytest.skip("torch without MKL")
-    return request.param
+    if name == "half" and layout.by_half(torch.ones(2, 2), None) is None:
+        pytest.skip("torch without FBGEMM")
+    if name in ("onednn stored", "transposed"):
+        monkeypatch.setattr(layout, "TWICE", 0)
+    return name
+
+
+@torch.no_grad()
+def rounded(module, way):
+    """With the weights of a checkpoint in bfloat16, where that is the way."""
+    for parameter in module.parameters():
+        if way == "half" and parameter.ndim == 2:
+            parameter.copy_(parameter.bfloat16())
+    return module
+
+
+WAYS = {
+    "half": "by_half",
+    "onednn": "by_onednn",
+    "onednn stored": "by_onednn",
+    "mkl": "by_mkl",
+    "transposed": "_stored",
+}
 
 
 def test_parameters_keep_their_values_and_become_views_of_the_joined_memory(model, way):
+    rounded(model, way)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     laid_out(model, 3)
     for name, parameter in model.named_parameters():
@@ -67,24 +90,50 @@ def test_parameters_keep_their_values_and_become_views_of_the_joined_memory(mode
             assert layer.weight.untyped_storage().data_ptr() == joined.__self__.weight.untyped_storage().data_ptr()
     for layer in (attention.q, attention.o, mlp.down, model.head):
         assert layer.weight.stride(0 if way == "transposed" else 1) == 1
-    assert (attention.o.product.packed is None) == (way == "transposed")
+    for multiply in (attention.o.product.multiply, attention.joined.__self__.multiply, model.head.product.multiply):
+        assert multiply.__qualname__.split(".")[0] == WAYS[way]
     assert (model.head.weight is model.embedding.weight) == model.config.tied
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 8, 33])
 def test_one_product_for_several_layers_equals_theirs_however_many_rows_come(rows, bias, way):
-    layers = [linear(96, out, out, bias) for out in (40, 24)]
-    product = Product(layers, rows, twice=way == "packed")
-    for count in (1, 2, 3, 7, 8, 9, 32, 33, 34, 100):
-        x = torch.randn(count, 96, generator=torch.Generator().manual_seed(count))
-        for found, layer in zip(product.joined(x), layers, strict=True):
-            close(found, F.linear(x, layer.weight, layer.bias))
-        close(product(x.view(1, count, 96))[0], product(x))
+    for inside in (96, 48):  # more inputs than outputs, and fewer
+        layers = [rounded(linear(inside, out, out, bias), way) for out in (40, 24)]
+        product = Product(layers, rows, twice=layout.TWICE > 0)
+        for count in (1, 2, 3, 7, 8, 9, 32, 33, 34, 100):
+            x = torch.randn(count, inside, generator=torch.Generator().manual_seed(count))
+            for found, layer in zip(product.joined(x), layers, strict=True):
+                close(found, F.linear(x, layer.weight, layer.bias))
+            close(product(x.view(1, count, inside))[0], product(x))
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24)])
+@pytest.mark.parametrize("power", [-30, 0, 20])
+def test_half_has_every_bit_of_weights_of_16_bits_however_large_they_are(shape, power):
+    generator = torch.Generator().manual_seed(power)
+    weight = torch.randint(-255, 256, shape, generator=generator) * 2.0**power  # 8 bits, as in bfloat16
+    weight[0, 0], weight[1, 1] = 255 * 2.0 ** (power + 10), 2.0 ** (power - 5)
+    x, bias = torch.randint(-9, 10, (5, shape[1]), generator=generator).float(), torch.full(shape[:1], 2.0**power)
+    multiply = layout.by_half(weight, bias)
+    if multiply is None:
+        pytest.skip("torch without FBGEMM")
+    # sums of whole numbers round nothing in float32 either
+    assert torch.equal(multiply(x).double(), x.double() @ weight.double().t() + bias.double())
+
+
+@pytest.mark.parametrize("value", [1 + 2.0**-12, 1.5 * 2.0**-38, torch.inf, torch.nan], ids=str)
+def test_half_is_not_taken_where_one_weight_would_change(value):
+    weight = torch.ones(700, 500)
+    if layout.by_half(weight, None) is None:
+        pytest.skip("torch without FBGEMM")
+    weight[-1, -1] = value
+    assert layout.by_half(weight, None) is None
+    assert layout.by_half(torch.full((2, 2), 2.0**-140), None) is None  # too small to be moved into its range
 
 
 def test_logits_and_tokens_stay_as_they_are_laid_out_once_or_twice(model, way):
-    plain = copy.deepcopy(model)
+    plain = copy.deepcopy(rounded(model, way))
     prompts, ids = prompts_of(9, 1, 30, 4), random_ids(20, 3)
     for rows in (1, 3):
         laid_out(model, rows)

@@ -194,14 +194,17 @@ class Block(nn.Module):
         if only is not None:
             x, seen = x[only], seen[only] if self.shared else seen
         if self.norms_sum:
-            x = self.attention_post_norm(x + self.dropout(attended))
-            return self.mlp_post_norm(x + self.dropout(self.mlp(x)))
+            x = self.attention_post_norm(x + self._dropped(attended))
+            return self.mlp_post_norm(x + self._dropped(self.mlp(x)))
         attended = self.attention_post_norm(attended)
-        sum_ = torch.add(x, self.dropout(attended), alpha=self.scale)
+        sum_ = torch.add(x, self._dropped(attended), alpha=self.scale)
         if not self.parallel:
             x = sum_
         thought = self.mlp_post_norm(self.mlp(seen if self.shared else self.mlp_norm(x)))
-        return torch.add(sum_, self.dropout(thought), alpha=self.scale)
+        return torch.add(sum_, self._dropped(thought), alpha=self.scale)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return self.dropout(x) if self.training else x  # decoding feels each call of a module
 
 
 class Transform(nn.Module):

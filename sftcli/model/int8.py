@@ -60,7 +60,7 @@ class Int8Linear(nn.Module):
         return torch.add(y[count:], y[:count], alpha=BASE).mul_(step)
 
     def joined(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self(x).split(self.sizes, -1)
+        return torch.split_with_sizes(self(x), self.sizes, -1)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
 from sftcli.model.decoding import Completion, TextStops, generate, in_order
 from sftcli.model.filling import fill
 from sftcli.model.growth import Blanks, Grown, Prompt
-from sftcli.model.layout import laid_out
+from sftcli.model.layout import PAYS, laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
 from sftcli.rows import Extra
@@ -115,7 +115,8 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
             if options.quantize and adapter:
                 apply(network, adapter)  # for good: what would undo it keeps the weights
             with applied(network, None if options.quantize else adapter):
-                laid_out(network, rows, options.quantize)
+                if options.quantize or options.max_new_tokens >= PAYS:
+                    laid_out(network, rows, options.quantize)
                 for done in chain.from_iterable(map(answers, waiting)):
                     out.write(_line(asking.popleft(), done, codec, texts, options, name, cloze))
                     out.flush()
