@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sftcli.model.attention import Group, RowAttention
+from sftcli.model.beginning import SharedAttention
 from sftcli.model.mixture import Part, drawn
 from sftcli.recipe import Train
 from sftcli.rows import IGNORE, Row
@@ -55,20 +56,22 @@ class Batch:
         return self
 
 
-def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
-    """One padding-free batch. Rows are put in order of length, so that equal lengths share a kernel call."""
+def make_batch(rows: Sequence[Row], reduction: str = "token", shared: int = 0) -> Batch:
+    """One padding-free batch. Rows are put in order of length, so that equal lengths share a kernel call.
+
+    `shared`: how many tokens at the beginning of all rows stand there once, before the rests (beginning.py).
+    """
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    ids: list[int] = []
-    positions: list[int] = []
-    blocks: list[int] = []
-    types: list[int] = []
+    ids: list[int] = ordered[0].input_ids[:shared]
+    positions = list(range(shared))
+    blocks, types = [0] * shared, [0] * shared
     starts: list[int] = []
     scored: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
     counts: list[int] = []
     for row in ordered:
-        base = len(ids)
+        base = len(ids) - shared
         before = len(scored)
         own: list[float] = []
         for at, target, weight in aligned(row):
@@ -78,16 +81,20 @@ def make_batch(rows: Sequence[Row], reduction: str = "token") -> Batch:
         weights += reduced(row, own, reduction)
         counts.append(len(scored) - before)
         starts += [base] if row.next_sentence_label is not None else []
-        ids += row.input_ids
-        positions += row.position_ids or range(len(row.input_ids))
-        blocks += row.block_position_ids or [0] * len(row.input_ids)
-        types += row.token_type_ids or [0] * len(row.input_ids)
+        length = len(row.input_ids)
+        ids += row.input_ids[shared:]
+        positions += (row.position_ids or range(length))[shared:]
+        blocks += (row.block_position_ids or [0] * length)[shared:]
+        types += (row.token_type_ids or [0] * length)[shared:]
+    groups = groups_of(ordered)
     return Batch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
         blocks=torch.tensor(blocks) if any(blocks) else None,
         types=torch.tensor(types) if any(types) else None,
-        attention=RowAttention(groups_of(ordered)),
+        attention=SharedAttention(shared, [Group(g.rows, g.length - shared) for g in groups])
+        if shared
+        else RowAttention(groups),
         scored=torch.tensor(scored, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),

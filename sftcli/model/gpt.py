@@ -247,6 +247,13 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def can_share(self) -> bool:
+        """Whether a beginning is the same in every row that has it, but for dropout and noise (beginning.py)."""
+        alike = self.prefix is None and not any(rope and rope.by_length for rope in self.config.ropes)
+        served = self.device.type == "cpu" and not any(self.config.windows) and self.config.attention_cap is None
+        return alike and served
+
     def hidden(
         self,
         ids: Tensor,

@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from sftcli.model.batches import in_pairs, make_batch
+from sftcli.model.beginning import common_beginning
 from sftcli.model.gpt import GPT
 from sftcli.model.processes import filler, together
 from sftcli.model.training import Engine
@@ -92,7 +93,8 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
     found: dict[int, RowScore] = {}
     for part in engine.world.micro_batches(rows, micro_batch_tokens):
         engine.poll()
-        batch = make_batch(part or filler(rows)).to(engine.device)
+        shared = common_beginning(part) if model.can_share else 0
+        batch = make_batch(part or filler(rows), shared=shared).to(engine.device)
         with engine.autocast():
             losses = model(batch)
         if not part:

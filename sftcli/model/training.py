@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sftcli.artifacts import fingerprint
 from sftcli.errors import UsageError
 from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
+from sftcli.model.beginning import common_beginning
 from sftcli.model.breakdown import Part as Breakdown
 from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.flops import work_of
@@ -127,11 +128,12 @@ def train_steps(
         rows = [row(i) for i in indices]
         lr = peak_lr * lr_share(number, plan.steps, options.schedule)
         model.train()
-        if options.dropout or (options.adapter and options.adapter.dropout):
+        drops = bool(options.dropout or (options.adapter and options.adapter.dropout))
+        if drops:
             # dropout too is a function of (seed, step), and of the process
             torch.manual_seed(engine.world.seed((options.seed << 32) + number))
         with told_if_out_of_memory(rows, limit, engine.device):
-            sums = accumulate(model, rows, limit, engine, options.loss, (options.seed, number))
+            sums = accumulate(model, rows, limit, engine, options.loss, (options.seed, number), share=not drops)
             sums = sums.over(engine.world)
         norms = clip(model, options.clip_norm)
         loss, norm = torch.stack([sums.logged[0], norms.to(sums.logged)]).tolist()  # the step's one wait for the device
@@ -210,11 +212,14 @@ def accumulate(
     engine: Engine,
     options: Loss = PLAIN,
     draw: tuple[int, int] = (0, 0),
+    share: bool = False,
 ) -> StepSums:
     """Gradients of the mean loss of `rows` (over their weight), in forwards of at most `micro_batch_tokens`.
 
     Each loss of the model has a weight of its own; the first is that of the tokens. `draw`: seed and step of the noise.
+    `share`: nothing in the model is drawn, so that what rows begin with alike can be computed once (beginning.py).
     """
+    share = share and model.can_share and not options.neftune
     weights = weights_by_loss(rows, options.reduction)
     logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy
     apart = {name: torch.zeros((), device=engine.device) for name in weights}
@@ -224,7 +229,8 @@ def accumulate(
     forwards = world.micro_batches(rows, micro_batch_tokens)
     for number, part in enumerate(forwards, 1):
         engine.poll()
-        batch = make_batch(part or filler(rows), options.reduction).to(engine.device)
+        shared = common_beginning(part) if share else 0
+        batch = make_batch(part or filler(rows), options.reduction, shared).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with world.exchanging(number == len(forwards)):
             with engine.autocast():
