@@ -16,6 +16,7 @@ from model_fixtures import (
 from sftcli.model import training
 from sftcli.model.adapters.lora import adapt
 from sftcli.model.attention import Group, RowAttention, Sight
+from sftcli.model.batches import forwards
 from sftcli.model.beginning import WORTH_SHARING, SharedAttention, common_beginning
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.scoring import score_rows
@@ -113,6 +114,12 @@ def test_adapter_under_a_shared_beginning_has_the_gradients_of_whole_rows(tmp_pa
     assert_equal_gradients(found, expected, 1e-5)
 
 
+def test_forwards_hold_more_rows_where_a_beginning_stands_once():
+    lengths = [len(row.input_ids) for row in rows_of()]  # 19 and 2, 5, 9, 9, 30
+    assert [sorted(part) for part in forwards(lengths, 50)] == [[0, 2], [1], [3], [4]]
+    assert [sorted(part) for part in forwards(lengths, 50, len(BEGINNING))] == [[0, 1, 2, 3], [4]]
+
+
 def test_scores_of_rows_with_one_beginning_equal_those_of_each_row_alone(model, monkeypatch):
     rows = rows_of()
     alone = [score for row in rows for score in score_rows(model, [row], 1000, CPU)]
@@ -133,6 +140,7 @@ def test_no_more_is_shared_than_rows_have_alike_before_they_are_scored():
     short = make_row(BEGINNING[: WORTH_SHARING + 1], [IGNORE] * (WORTH_SHARING + 1), "short")
     assert common_beginning([*rows, short]) == WORTH_SHARING  # one of its tokens is left
     assert common_beginning(make_rows([40] * 3)) == 0
+    assert common_beginning([*rows, make_row([*BEGINNING, *random_ids(2000, 5)])]) == 0  # it saves too little
 
 
 @pytest.mark.parametrize(

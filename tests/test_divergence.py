@@ -61,8 +61,8 @@ def poisoned(monkeypatch, *steps):
     """From now on the gradients of these optimizer steps (from 1, in one process) have a nan."""
     real, taken = training.accumulate, []
 
-    def accumulate(model, *rest):
-        sums = real(model, *rest)
+    def accumulate(model, *rest, **named):
+        sums = real(model, *rest, **named)
         taken.append(None)
         if len(taken) in steps:
             next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = NAN

@@ -206,21 +206,21 @@ def steps_in_run(lengths: Sequence[int], options: Train, parts: Sequence[Part] =
     return sum(counts[: int(whole)]) + (math.ceil(part * counts[-1]) if part else 0)
 
 
-def micro_batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+def micro_batches(rows: Sequence[Row], limit: int, shared: int = 0) -> Iterator[list[Row]]:
     """The rows of one step in forwards of at most `limit` tokens (a longer row alone); similar lengths together."""
-    for part in forwards([len(row.input_ids) for row in rows], limit):
+    for part in forwards([len(row.input_ids) for row in rows], limit, shared):
         yield [rows[i] for i in part]
 
 
-def forwards(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Which rows of a step, by their lengths, go through the model together."""
+def forwards(lengths: Sequence[int], limit: int, shared: int = 0) -> Iterator[list[int]]:
+    """Which rows of a step, by their lengths, go through the model together; what is `shared` once for all."""
     part: list[int] = []
-    tokens = 0
+    tokens = shared
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if part and tokens + lengths[i] > limit:
+        if part and tokens + lengths[i] - shared > limit:
             yield part
-            part, tokens = [], 0
+            part, tokens = [], shared
         part.append(i)
-        tokens += lengths[i]
+        tokens += lengths[i] - shared
     if part:
         yield part

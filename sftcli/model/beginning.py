@@ -18,7 +18,8 @@ from torch import Tensor
 from sftcli.model.attention import Group, RowAttention, Sight
 from sftcli.rows import IGNORE, Row
 
-WORTH_SHARING = 16  # tokens: looking back at fewer takes what they save
+WORTH_SHARING = 16  # tokens
+SAVED = 20  # a beginning saves at least one of so many tokens: looking back takes a fiftieth of a forward
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -91,7 +92,7 @@ def _end_to_end(t: Tensor) -> Tensor:
 def common_beginning(rows: Sequence[Row]) -> int:
     """How many tokens all rows have at their beginning, before what any of them is scored for; 0: too few to share.
 
-    Only of causal rows: elsewhere a token sees what follows it.
+    Only of causal rows: elsewhere a token sees what comes after it.
     """
     if len(rows) < 2 or not all(_is_plain(row) for row in rows):
         return 0
@@ -99,7 +100,8 @@ def common_beginning(rows: Sequence[Row]) -> int:
     pairs = zip(min(ids), max(ids), strict=False)  # all others lie between them
     alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     shared = min(alike, *(_first_scored(row) for row in rows))
-    return shared if shared >= WORTH_SHARING else 0
+    saves = shared * (len(rows) - 1) * SAVED >= sum(map(len, ids))
+    return shared if saves and shared >= WORTH_SHARING else 0
 
 
 def _is_plain(row: Row) -> bool:

@@ -97,9 +97,9 @@ class World:
 
     # ---- a step in several processes
 
-    def micro_batches(self, rows: Sequence[Row], limit: int) -> list[list[Row]]:
+    def micro_batches(self, rows: Sequence[Row], limit: int, shared: int = 0) -> list[list[Row]]:
         """This process's forwards for the rows of a step: as many in each process, if need be of no row."""
-        shares = [list(micro_batches(share, limit)) for share in dealt(rows, self.size)]
+        shares = [list(micro_batches(share, limit, shared)) for share in dealt(rows, self.size)]
         most = max(map(len, shares))
         return shares[self.rank] + [[]] * (most - len(shares[self.rank]))
 

@@ -91,10 +91,10 @@ def score_rows(model: GPT, rows: Iterable[Row], micro_batch_tokens: int, engine:
 
 def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: Engine) -> list[RowScore]:
     found: dict[int, RowScore] = {}
-    for part in engine.world.micro_batches(rows, micro_batch_tokens):
+    shared = common_beginning(rows) if model.can_share else 0
+    for part in engine.world.micro_batches(rows, micro_batch_tokens, shared):
         engine.poll()
-        shared = common_beginning(part) if model.can_share else 0
-        batch = make_batch(part or filler(rows), shared=shared).to(engine.device)
+        batch = make_batch(part or filler(rows), shared=shared * (len(part) > 1)).to(engine.device)
         with engine.autocast():
             losses = model(batch)
         if not part:

@@ -219,18 +219,17 @@ def accumulate(
     Each loss of the model has a weight of its own; the first is that of the tokens. `draw`: seed and step of the noise.
     `share`: nothing in the model is drawn, so that what rows begin with alike can be computed once (beginning.py).
     """
-    share = share and model.can_share and not options.neftune
+    shared = common_beginning(rows) if share and model.can_share and not options.neftune else 0
     weights = weights_by_loss(rows, options.reduction)
     logged = torch.zeros(3, device=engine.device)  # loss, correct, entropy
     apart = {name: torch.zeros((), device=engine.device) for name in weights}
     trained = 0
     scored: list[tuple[Batch, Tensor]] = []
     world = engine.world
-    forwards = world.micro_batches(rows, micro_batch_tokens)
+    forwards = world.micro_batches(rows, micro_batch_tokens, shared)
     for number, part in enumerate(forwards, 1):
         engine.poll()
-        shared = common_beginning(part) if share else 0
-        batch = make_batch(part or filler(rows), options.reduction, shared).to(engine.device)
+        batch = make_batch(part or filler(rows), options.reduction, shared * (len(part) > 1)).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with world.exchanging(number == len(forwards)):
             with engine.autocast():
