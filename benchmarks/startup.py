@@ -77,4 +77,5 @@ def main() -> None:
         print(json.dumps({"command": name} | {key: round(value, 3) for key, value in figures.items()}))
 
 
-main()
+if __name__ == "__main__":
+    main()
