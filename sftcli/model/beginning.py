@@ -18,7 +18,7 @@ from torch import Tensor
 from sftcli.model.attention import Group, RowAttention, Sight
 from sftcli.rows import IGNORE, Row
 
-WORTH_SHARING = 16  # tokens
+WORTH_SHARING = 16  # tokens: a shorter common beginning is computed with each row
 SAVED = 20  # a beginning saves at least one of so many tokens: looking back takes a fiftieth of a forward
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

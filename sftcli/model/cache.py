@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sftcli.model.attention import Group, KeepingAttention, Sight, Tokens, attend, visible
+from sftcli.model.beginning import WORTH_SHARING
 from sftcli.model.gpt import GPT
 from sftcli.model.growth import Grown, tensors_of
 
 SPARE_COLUMNS = 64  # columns that the cache grows by, at least
-WORTH_SHARING = 16  # tokens: a shorter common beginning of prompts is encoded with each of them
 
 
 def positions_of(mask: Tensor) -> Tensor:
