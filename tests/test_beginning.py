@@ -1,5 +1,7 @@
 """A beginning that rows have in common, computed once: the same losses and gradients as when every row has its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from model_fixtures import (
@@ -12,12 +14,13 @@ from model_fixtures import (
     model_folder,
     random_ids,
 )
+from test_training import steps_of_weights
 
 from sftcli.model import training
 from sftcli.model.adapters.lora import adapt
 from sftcli.model.attention import Group, RowAttention, Sight
-from sftcli.model.batches import forwards
-from sftcli.model.beginning import WORTH_SHARING, SharedAttention, common_beginning
+from sftcli.model.batches import WORTH_SHARING, common_beginning, forwards
+from sftcli.model.beginning import SharedAttention
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.scoring import score_rows
 from sftcli.model.training import accumulate
@@ -120,7 +123,7 @@ def test_forwards_hold_more_rows_where_a_beginning_stands_once():
     assert [sorted(part) for part in forwards(lengths, 50, len(BEGINNING))] == [[0, 1, 2, 3], [4]]
 
 
-def test_scores_of_rows_with_one_beginning_equal_those_of_each_row_alone(model, monkeypatch):
+def test_scores_of_rows_with_one_beginning_equal_those_of_each_row_alone(model):
     rows = rows_of()
     alone = [score for row in rows for score in score_rows(model, [row], 1000, CPU)]
     for together, one in zip(score_rows(model, rows, 1000, CPU), alone, strict=True):
@@ -161,8 +164,6 @@ def test_rows_that_are_not_plainly_causal_share_nothing(columns):
 def test_models_with_windows_caps_or_prefixes_share_nothing(tmp_path):
     model = make_model(tmp_path / "m", "llama")
     assert model.can_share
-    from dataclasses import replace
-
     config = model.config
     for changed in (
         replace(config, windows=(4,) * config.layers),
@@ -175,7 +176,7 @@ def test_models_with_windows_caps_or_prefixes_share_nothing(tmp_path):
     assert not model.can_share
 
 
-def test_noise_and_dropout_are_drawn_for_whole_rows(model, monkeypatch):
+def test_noise_is_drawn_for_whole_rows(model, monkeypatch):
     def refused(*given):
         raise AssertionError("a beginning was shared")
 
@@ -184,3 +185,17 @@ def test_noise_and_dropout_are_drawn_for_whole_rows(model, monkeypatch):
     step_of(model, rows_of(), False)
     with pytest.raises(AssertionError, match="shared"):
         step_of(model, rows_of(), True)
+
+
+def test_dropout_is_drawn_for_whole_rows_and_a_run_without_it_shares(tmp_path, monkeypatch):
+    base, given = model_folder(tmp_path / "m", "llama"), []
+    real = training.accumulate
+
+    def accumulate(*rest, share):
+        given.append(share)
+        return real(*rest, share=share)
+
+    monkeypatch.setattr(training, "accumulate", accumulate)
+    for settings in ((), ("dropout=0.1",)):
+        steps_of_weights(base, rows_of(), "batch_rows=5", *settings)
+    assert given == [True, False]

@@ -14,6 +14,7 @@ from test_prefix import prefixed
 from sftcli.model.cache import WORTH_SHARING, Held, Table, can_continue, hold_beginning, prefill
 from sftcli.model.decoding import _closed_up
 from sftcli.model.growth import Blanks, Grown, Prompt
+from sftcli.model.rope import Dynamic, Rope
 from sftcli.recipe import Generate
 
 START = random_ids(20, 99)
@@ -73,7 +74,8 @@ def test_short_beginnings_blanks_and_lengths_that_rotate_are_encoded_whole(tmp_p
     filling = Blanks((2,), 4)
     hold_beginning(model, [Grown(START, filling), Grown(START, filling)], held)
     assert held == Held()
-    turning = SimpleNamespace(config=SimpleNamespace(ropes=[None, SimpleNamespace(by_length=True)]))
+    ropes = (None, Rope(8, 1e4, scaling=Dynamic(2.0, 16)))
+    turning = SimpleNamespace(config=replace(model.config, ropes=ropes))
     assert not can_continue(turning, [Grown(START)])
 
 

@@ -9,17 +9,12 @@ gradients; those of the beginning are the sum over all rows.
 """
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sftcli.model.attention import Group, RowAttention, Sight
-from sftcli.rows import IGNORE, Row
-
-WORTH_SHARING = 16  # tokens: a shorter common beginning is computed with each row
-SAVED = 20  # a beginning saves at least one of so many tokens: looking back takes a fiftieth of a forward
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -87,29 +82,3 @@ def _one_row(t: Tensor) -> Tensor:
 def _end_to_end(t: Tensor) -> Tensor:
     """(rows, heads, length, ...) -> (T, heads, ...)."""
     return t.transpose(1, 2).flatten(0, 1)
-
-
-def common_beginning(rows: Sequence[Row]) -> int:
-    """How many tokens all rows have at their beginning, before what any of them is scored for; 0: too few to share.
-
-    Only of causal rows: elsewhere a token sees what comes after it.
-    """
-    if len(rows) < 2 or not all(_is_plain(row) for row in rows):
-        return 0
-    ids = [row.input_ids for row in rows]
-    pairs = zip(min(ids), max(ids), strict=False)  # all others lie between them
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    shared = min(alike, *(_first_scored(row) for row in rows))
-    saves = shared * (len(rows) - 1) * SAVED >= sum(map(len, ids))
-    return shared if saves and shared >= WORTH_SHARING else 0
-
-
-def _is_plain(row: Row) -> bool:
-    own = (row.order, row.position_ids, row.block_position_ids, row.token_type_ids, row.next_sentence_label)
-    return row.align == "next" and all(column is None for column in own)
-
-
-def _first_scored(row: Row) -> int:
-    """The first place at which the row is scored, or its last one."""
-    labelled = (t - 1 for t in range(1, len(row.labels)) if row.labels[t] != IGNORE)
-    return next(labelled, len(row.labels) - 1)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sftcli.model.attention import Group, KeepingAttention, Sight, Tokens, attend, visible
-from sftcli.model.beginning import WORTH_SHARING
+from sftcli.model.batches import WORTH_SHARING, common_length
 from sftcli.model.gpt import GPT
 from sftcli.model.growth import Grown, tensors_of
 
@@ -61,8 +61,7 @@ class Held:
 
     def common(self, ids: Sequence[int]) -> int:
         """How many ids at the start are held, the last one never: its logits are asked for."""
-        pairs = enumerate(zip(self.ids, ids, strict=False))
-        return next((t for t, (mine, other) in pairs if mine != other), min(len(self.ids), len(ids) - 1))
+        return min(common_length(self.ids, ids), len(ids) - 1)
 
 
 class Table:
@@ -264,7 +263,7 @@ def prefill(model: GPT, table: Table, prompts: Sequence[Sequence[int] | Grown], 
 
 def can_continue(model: GPT, rows: Sequence[Grown]) -> bool:
     """Whether the start of a row never depends on its rest: no blanks, no rotation by its length."""
-    return not any(rope and rope.by_length for rope in model.config.ropes) and not any(row.blanks for row in rows)
+    return not model.config.turns_by_length and not any(row.blanks for row in rows)
 
 
 def hold_beginning(model: GPT, rows: Sequence[Grown], held: Held) -> None:

@@ -83,6 +83,11 @@ class GPTConfig:
         """Whether the model has learned masked LM: its rows see all of themselves."""
         return self.token_types > 0
 
+    @property
+    def turns_by_length(self) -> bool:
+        """Whether rotary positions of some layer depend on how long the row is."""
+        return any(rope is not None and rope.by_length for rope in self.ropes)
+
     def rope(self, layer: int) -> Rope | None:
         return self.ropes[layer] if self.ropes else None
 
@@ -250,7 +255,7 @@ class GPT(nn.Module):
     @property
     def can_share(self) -> bool:
         """Whether a beginning is the same in every row that has it, but for dropout and noise (beginning.py)."""
-        alike = self.prefix is None and not any(rope and rope.by_length for rope in self.config.ropes)
+        alike = self.prefix is None and not self.config.turns_by_length
         served = self.device.type == "cpu" and not any(self.config.windows) and self.config.attention_cap is None
         return alike and served
 
@@ -313,8 +318,7 @@ class GPT(nn.Module):
     def _rotary_tables(self, positions: Tensor, attention: Attention) -> dict[Rope, RotaryTable]:
         """One table for each kind of rope that the layers have."""
         kinds = {rope for rope in self.config.ropes if rope is not None}
-        by_length = any(rope.by_length for rope in kinds)
-        lengths = attention.lengths.to(positions.device) if by_length else None
+        lengths = attention.lengths.to(positions.device) if self.config.turns_by_length else None
         return {rope: rotary_table(rope, positions, lengths) for rope in kinds}
 
     def logits(self, hidden: Tensor) -> Tensor:

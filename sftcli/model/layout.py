@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sftcli.errors import UsageError
 from sftcli.model.gpt import GPT, MLP, SelfAttention
 from sftcli.model.int8 import Int8Linear
-from sftcli.model.linear import Linear
+from sftcli.model.linear import Linear, onednn_product
 
 FEW = 4  # MKL's order for N rows serves more than N / 4 of them: with fewer the stored weight is as fast
 PAYS = 16  # tokens for each prompt from which on decoding gains what ordering the weights takes: 16 to 40 steps
@@ -89,11 +89,12 @@ def _stored(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 def by_half(weight: Tensor, bias: Tensor | None) -> Multiply | None:
     """With a copy in float16, times a power of two; None where that is not exactly the weight."""
-    has_fbgemm = torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, HALF)
+    if torch.backends.quantized.engine not in ("x86", "fbgemm") or not hasattr(torch.ops.quantized, HALF):
+        return None
     largest = float(torch.linalg.vector_norm(weight, math.inf))
     scale = 2.0 ** max(-FAR, min(FAR, LARGEST - math.frexp(largest)[1]))
     exact = math.isfinite(largest) and all(_is_half(part * scale) for part in weight.flatten().split(BLOCK))
-    if not has_fbgemm or not exact:
+    if not exact:
         return None
     multiply, undo = getattr(torch.ops.quantized, HALF), torch.tensor(1 / scale)
     narrows = len(weight) < weight.shape[1]  # the power of two is taken from the narrower side; it rounds nothing
@@ -111,9 +112,8 @@ def _is_half(weight: Tensor) -> bool:
 
 def by_onednn(weight: Tensor, bias: Tensor | None, rows: int | None) -> Multiply:
     """With a copy in oneDNN's order for so many rows; None: with the weight as it is."""
-    multiply = torch.ops.mkldnn._linear_pointwise
     read = weight if rows is None else torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda x: multiply(x, read, bias, "none", [], "")
+    return lambda x: onednn_product(x, read, bias)
 
 
 def by_mkl(weight: Tensor, bias: Tensor | None, rows: int) -> Multiply:

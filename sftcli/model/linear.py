@@ -62,6 +62,11 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = out >= WIDE * inner and x.numel() >= MANY * inner
     if not (plain and wide and torch.backends.mkldnn.is_available()):
         return F.linear(x, weight, bias)
+    return onednn_product(x, weight, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b (..., out) by oneDNN; the weight may be in an order of its own."""
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
 

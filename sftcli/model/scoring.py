@@ -5,8 +5,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from sftcli.model.batches import in_pairs, make_batch
-from sftcli.model.beginning import common_beginning
+from sftcli.model.batches import common_beginning, in_pairs, make_batch
 from sftcli.model.gpt import GPT
 from sftcli.model.processes import filler, together
 from sftcli.model.training import Engine
@@ -94,7 +93,7 @@ def _score_window(model: GPT, rows: list[Row], micro_batch_tokens: int, engine: 
     shared = common_beginning(rows) if model.can_share else 0
     for part in engine.world.micro_batches(rows, micro_batch_tokens, shared):
         engine.poll()
-        batch = make_batch(part or filler(rows), shared=shared * (len(part) > 1)).to(engine.device)
+        batch = make_batch(part or filler(rows), shared=shared).to(engine.device)
         with engine.autocast():
             losses = model(batch)
         if not part:

@@ -12,8 +12,15 @@ from torch.optim import Optimizer
 
 from sftcli.artifacts import fingerprint
 from sftcli.errors import UsageError
-from sftcli.model.batches import Batch, epoch_order, make_batch, steps_in_run, steps_of, weights_by_loss
-from sftcli.model.beginning import common_beginning
+from sftcli.model.batches import (
+    Batch,
+    common_beginning,
+    epoch_order,
+    make_batch,
+    steps_in_run,
+    steps_of,
+    weights_by_loss,
+)
 from sftcli.model.breakdown import Part as Breakdown
 from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.flops import work_of
@@ -229,7 +236,7 @@ def accumulate(
     forwards = world.micro_batches(rows, micro_batch_tokens, shared)
     for number, part in enumerate(forwards, 1):
         engine.poll()
-        batch = make_batch(part or filler(rows), options.reduction, shared * (len(part) > 1)).to(engine.device)
+        batch = make_batch(part or filler(rows), options.reduction, shared).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with world.exchanging(number == len(forwards)):
             with engine.autocast():

@@ -97,7 +97,7 @@ def fresh_prompt(model: GPT, options: recipe.Prompt, generator: torch.Generator)
 
 def no_prompt(config: GPTConfig) -> str:
     """Why virtual tokens cannot stand before the rows of a model; empty: they can."""
-    if any(rope and rope.by_length for rope in config.ropes):
+    if config.turns_by_length:
         return "their rotation would depend on the length of each row"
     if config.embedding_scale != 1.0 and config.norm != "rms_plus_one":  # Gemma's scale is part of its embedding
         return "it multiplies what comes into it"
