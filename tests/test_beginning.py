@@ -18,9 +18,8 @@ from test_training import steps_of_weights
 
 from sftcli.model import training
 from sftcli.model.adapters.lora import adapt
-from sftcli.model.attention import Group, RowAttention, Sight
+from sftcli.model.attention import Group, RowAttention, Sight, attend
 from sftcli.model.batches import WORTH_SHARING, common_beginning, forwards
-from sftcli.model.beginning import SharedAttention
 from sftcli.model.checkpoint import load_model, open_folder
 from sftcli.model.scoring import score_rows
 from sftcli.model.training import accumulate
@@ -62,19 +61,17 @@ def test_attention_of_a_shared_beginning_equals_that_of_whole_rows_forward_and_b
 
     q, k, v = drawn(heads[0]), drawn(heads[1]), drawn(heads[1])
     grad = torch.randn(q.shape, generator=generator, dtype=torch.float64)
-    attention = SharedAttention(shared, [Group(2, 3), Group(1, 50)])
+    attention = RowAttention([Group(2, 3), Group(1, 50)], shared)
     found = attention(Sight(0, 0.3), q, k, v)
 
     def whole_rows():
         parts = [t[shared:].split(rests) for t in (q, k, v)]
-        whole = RowAttention([Group(1, shared + n) for n in rests])
-        mixed = whole(
-            Sight(0, 0.3),
-            *(
-                torch.cat([torch.cat([t[:shared], rest]) for rest in part])
-                for t, part in zip((q, k, v), parts, strict=True)
-            ),
-        ).split([shared + n for n in rests])
+        mixed = []
+        for row in zip(*parts, strict=True):
+            whole = (
+                torch.cat([t[:shared], rest]).transpose(0, 1)[None] for t, rest in zip((q, k, v), row, strict=True)
+            )
+            mixed.append(attend(*whole, None, Sight(0, 0.3))[0].transpose(0, 1))
         return torch.cat([mixed[0][:shared], *(row[shared:] for row in mixed)])
 
     expected = whole_rows()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm, turned
+from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm, turned_
 
 
 def gradients(function, *inputs):
@@ -75,8 +75,8 @@ def test_turn_and_its_gradient_equal_complex_numbers_in_float64(interleaved, dim
         cos, sin = angle.cos(), angle.sin()
         halves = ((cos, cos), (-sin, sin))
         if interleaved:
-            return turned(x, *(torch.stack(pair, -1).flatten(-2) for pair in halves), True)
-        return turned(x, *(torch.cat(pair, -1) for pair in halves), False)
+            return turned_(x.clone(), *(torch.stack(pair, -1).flatten(-2) for pair in halves), True)
+        return turned_(x.clone(), *(torch.cat(pair, -1) for pair in halves), False)
 
     def plain(x):
         turning = x[..., :dim]
@@ -102,4 +102,4 @@ def test_only_inputs_are_kept_for_the_backward_pass():
     table = draw(50, 1, 8)
     assert numbers_kept(lambda x, w: rms_norm(x, w, 1e-5), x, weight) == x.numel() + 50 + 64
     assert numbers_kept(lambda a, b: gated(a, b, ACTIVATIONS["silu"]), x, up) == 2 * x.numel()
-    assert numbers_kept(lambda x: turned(x, table, table, False), draw(50, 4, 16)) <= 2 * table.numel()
+    assert numbers_kept(lambda x: turned_(x.clone(), table, table, False), draw(50, 4, 16)) <= 2 * table.numel()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftcli.model import varlen
+from sftcli.model import flash, varlen
 
 PAD = -1  # the row of pads
 
@@ -154,14 +154,17 @@ class Group:
 
 
 class RowAttention:
-    """Rows laid end to end without padding, the rows of one length in one kernel call; where varlen.py serves, all.
+    """Rows laid end to end without padding: all of them in one call where varlen.py serves, else those of one length.
 
     rows 4 5 | 6 7 | 1 2 3   ->   group (2 rows of 2), group (1 row of 3)
+
+    `shared`: how many tokens the rows begin with alike; they stand once, before the rests (flash.py, causal rows only).
     """
 
-    def __init__(self, groups: list[Group]):
-        self.groups = groups
-        self.sizes = [group.rows * group.length for group in groups]
+    def __init__(self, groups: list[Group], shared: int = 0):
+        self.groups = [Group(1, shared), *groups] if shared else groups
+        self.shared = shared
+        self.sizes = [group.rows * group.length for group in self.groups]
         causal, full = all(group.order is None for group in groups), all(group.full for group in groups)
         self._after = 0 if causal else -1 if full else None  # tokens after itself that a query sees, if all rows agree
         self._ends: Tensor | None = None
@@ -171,8 +174,13 @@ class RowAttention:
         return torch.repeat_interleave(torch.tensor([g.length for g in self.groups]), torch.tensor(self.sizes))
 
     def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._after is not None and sight.cap is None and sight.prefix is None and varlen.serves(q, k):
+        plain = sight.cap is None and sight.prefix is None
+        if plain and self._after is not None and varlen.serves(q, k):
             return self._at_once(sight, q, k, v, self._after)
+        if plain and q.device.type == "cpu" and all(g.seen(sight.window, q.device) is None for g in self.groups):
+            groups = [flash.Rows(group.rows, group.length, not group.full) for group in self.groups]
+            return flash.attend_rows(q, k, v, groups, sight.scale, self.shared)
+        assert not self.shared, "only the flash kernel looks back at a beginning"
         pieces = zip(self.groups, q.split(self.sizes), k.split(self.sizes), v.split(self.sizes), strict=True)
         return torch.cat([self._group(sight, *piece) for piece in pieces])
 

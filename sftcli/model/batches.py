@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sftcli.model.attention import Group, RowAttention
-from sftcli.model.beginning import SharedAttention
 from sftcli.model.mixture import Part, drawn
 from sftcli.recipe import Train
 from sftcli.rows import IGNORE, Row
@@ -62,7 +61,7 @@ class Batch:
 def make_batch(rows: Sequence[Row], reduction: str = "token", shared: int = 0) -> Batch:
     """One padding-free batch. Rows are put in order of length, so that equal lengths share a kernel call.
 
-    `shared`: how many tokens at the beginning of all rows stand there once, before the rests (beginning.py); of a row
+    `shared`: how many tokens at the beginning of all rows stand there once, before the rests (flash.py); of a row
     alone none are.
     """
     shared = shared if len(rows) > 1 else 0
@@ -91,15 +90,12 @@ def make_batch(rows: Sequence[Row], reduction: str = "token", shared: int = 0) -
         positions += (row.position_ids or range(length))[shared:]
         blocks += (row.block_position_ids or [0] * length)[shared:]
         types += (row.token_type_ids or [0] * length)[shared:]
-    groups = groups_of(ordered)
     return Batch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
         blocks=torch.tensor(blocks) if any(blocks) else None,
         types=torch.tensor(types) if any(types) else None,
-        attention=SharedAttention(shared, [Group(g.rows, g.length - shared) for g in groups])
-        if shared
-        else RowAttention(groups),
+        attention=RowAttention(groups_of(ordered, shared), shared),
         scored=torch.tensor(scored, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),
@@ -159,15 +155,16 @@ def weights_by_loss(rows: Sequence[Row], reduction: str) -> dict[str, float]:
     return {"mlm": tokens, "nsp": pairs} if pairs else {"nll": tokens}
 
 
-def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """Rows in order of length -> attention groups; a row with an order of its own needs the general rule."""
+def groups_of(rows: Sequence[Row], shared: int = 0) -> list[Group]:
+    """Rows in order of length, without the first `shared` tokens -> attention groups; a row with an order of its own
+    needs the general rule."""
     groups = []
     for length, same in groupby(rows, key=lambda row: len(row.input_ids)):
         members = list(same)
         order = None
         if any(row.order is not None for row in members):
             order = torch.stack([torch.tensor(row.order or range(length)) for row in members])
-        groups.append(Group(len(members), length, order))
+        groups.append(Group(len(members), length - shared, order))
     return groups
 
 

@@ -22,7 +22,7 @@ from sftcli.model.batches import Batch
 from sftcli.model.linear import Linear, of_one_input
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
 from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm
-from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate
+from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate_
 from sftcli.recipe import Loss
 
 TOKEN_TYPES = 2  # that masked LM adds: the halves of a pair
@@ -150,7 +150,7 @@ class SelfAttention(nn.Module):
         if self.norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = rotate_(q, rotary), rotate_(k, rotary)
         mixed = attention(self.sight, q, k, v).flatten(-2)
         return self.o(mixed if only is None else mixed[only])
 
@@ -202,11 +202,16 @@ class Block(nn.Module):
             x = self.attention_post_norm(x + self._dropped(attended))
             return self.mlp_post_norm(x + self._dropped(self.mlp(x)))
         attended = self.attention_post_norm(attended)
-        sum_ = torch.add(x, self._dropped(attended), alpha=self.scale)
+        sum_ = self._plus(x, attended)
         if not self.parallel:
             x = sum_
         thought = self.mlp_post_norm(self.mlp(seen if self.shared else self.mlp_norm(x)))
-        return torch.add(sum_, self._dropped(thought), alpha=self.scale)
+        return self._plus(sum_, thought)
+
+    def _plus(self, x: Tensor, more: Tensor) -> Tensor:
+        """x with what is added to it, in the place of the latter, which nothing else needs."""
+        more = self._dropped(more)
+        return more.add_(x) if self.scale == 1.0 and more.dtype == x.dtype else torch.add(x, more, alpha=self.scale)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return self.dropout(x) if self.training else x  # decoding feels each call of a module
@@ -254,7 +259,7 @@ class GPT(nn.Module):
 
     @property
     def can_share(self) -> bool:
-        """Whether a beginning is the same in every row that has it, but for dropout and noise (beginning.py)."""
+        """Whether a beginning is the same in every row that has it, but for dropout and noise (flash.py)."""
         alike = self.prefix is None and not self.config.turns_by_length
         served = self.device.type == "cpu" and not any(self.config.windows) and self.config.attention_cap is None
         return alike and served

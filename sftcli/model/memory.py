@@ -71,7 +71,8 @@ def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> in
     width, inner = config.width, config.mlp_width
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     normed = 0 if config.norm in ("rms", "rms_plus_one") else width  # made anew of x, as the MLP's product is
-    attention = width + normed + heads + 2 * kv + 2 * heads  # x, norm(x); q, k, v; what attention returns, joined
+    joined = 2 if any(config.windows) or config.attention_cap is not None else 1  # not by flash.py: row by row, too
+    attention = width + normed + heads + 2 * kv + joined * heads  # x, norm(x); q, k, v; what attention returns
     mlp = width + normed + 2 * inner  # x, norm(x); gate and up, or one of them and its activation
     if gradient_checkpointing:
         return config.layers * width + attention + mlp + 4 * width

@@ -118,36 +118,38 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 
 class _Turned(torch.autograd.Function):
-    """Pairs of numbers turned by an angle; the backward pass turns them back. Keeps cos and sin only."""
+    """Pairs of numbers turned by an angle, in place; the backward pass turns them back. Keeps cos and sin only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _turn(x, cos, sin, interleaved, 1.0)
+        ctx.mark_dirty(x)
+        return _turn_(x, cos, sin, interleaved, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, ctx.interleaved, -1.0), None, None, None
+        return _turn_(grad.clone(), cos, sin, ctx.interleaved, -1.0), None, None, None
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The first `dim` numbers of every head of x (..., heads, D) turned; cos, sin (..., 1, dim), as in RotaryTable.
+def turned_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The first `dim` numbers of every head of x (..., heads, D) turned in place; cos, sin (..., 1, dim), as in
+    RotaryTable.
 
     Pairs (a, b), numbers (2i, 2i + 1) if interleaved, else (i, i + dim / 2), become (a cos - b sin, b cos + a sin);
     `sin` brings the minus with it."""
     if not torch.is_grad_enabled():
-        return _turn(x, cos, sin, interleaved, 1.0)
+        return _turn_(x, cos, sin, interleaved, 1.0)
     return _Turned.apply(x, cos, sin, interleaved)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: float) -> Tensor:
+def _turn_(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, direction: float) -> Tensor:
     dim = cos.shape[-1]
     turning = x[..., :dim] if dim < x.shape[-1] else x
     partner = _exchanged(turning, interleaved).mul_(sin)
-    out = (turning * cos).add_(partner, alpha=direction)  # addcmul_ rounds once, others twice
-    return out if turning is x else torch.cat([out, x[..., dim:]], -1)
+    turning.mul_(cos).add_(partner, alpha=direction)  # addcmul_ rounds once, others twice
+    return x
 
 
 def _exchanged(x: Tensor, interleaved: bool) -> Tensor:

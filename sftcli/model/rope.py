@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sftcli.model.pieces import turned
+from sftcli.model.pieces import turned_
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,6 @@ def rotary_table(rope: Rope, positions: Tensor, lengths: Tensor | None = None) -
     return RotaryTable(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), False)
 
 
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotate the first `dim` numbers of every head of x (..., heads, D)."""
-    return turned(x, table.cos.to(x.dtype), table.sin.to(x.dtype), table.interleaved)
+def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate the first `dim` numbers of every head of x (..., heads, D), in place: room for another is dear."""
+    return turned_(x, table.cos.to(x.dtype), table.sin.to(x.dtype), table.interleaved)

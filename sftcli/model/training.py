@@ -25,7 +25,7 @@ from sftcli.model.breakdown import Part as Breakdown
 from sftcli.model.breakdown import means_by_part, sums_by_part
 from sftcli.model.flops import work_of
 from sftcli.model.gpt import GPT
-from sftcli.model.loss import PLAIN
+from sftcli.model.loss import PLAIN, LossSum
 from sftcli.model.memory import forward_tokens, told_if_out_of_memory
 from sftcli.model.mixture import Part
 from sftcli.model.noise import neftune
@@ -224,7 +224,7 @@ def accumulate(
     """Gradients of the mean loss of `rows` (over their weight), in forwards of at most `micro_batch_tokens`.
 
     Each loss of the model has a weight of its own; the first is that of the tokens. `draw`: seed and step of the noise.
-    `share`: nothing in the model is drawn, so that what rows begin with alike can be computed once (beginning.py).
+    `share`: nothing in the model is drawn, so that what rows begin with alike can be computed once (flash.py).
     """
     shared = common_beginning(rows) if share and model.can_share and not options.neftune else 0
     weights = weights_by_loss(rows, options.reduction)
@@ -239,21 +239,40 @@ def accumulate(
         batch = make_batch(part or filler(rows), options.reduction, shared).to(engine.device)
         noise = neftune(batch.rows, options.neftune, model.config.width, *draw) if options.neftune else None
         with world.exchanging(number == len(forwards)):
-            with engine.autocast():
-                losses = world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
-            parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
-            loss = torch.stack(list(parts.values())).sum()
-            (loss * (world.gain if part else 0)).backward()
+            parts, of_tokens = _backward(model, batch, noise, weights, world.gain if part else 0, engine, options)
         if not part:
             continue
-        of_tokens = next(iter(losses.values()))
-        logged += torch.stack([loss.detach(), of_tokens.correct.sum(), of_tokens.entropy.sum()])
+        logged += torch.stack([sum_of(parts), of_tokens.correct.sum(), of_tokens.entropy.sum()])
         for name, part_of_loss in parts.items():
-            apart[name] += part_of_loss.detach()
+            apart[name] += part_of_loss
         scored.append((batch, of_tokens.nll))
         trained += len(batch.scored)
     tokens = sum(len(row.input_ids) for row in rows)
     return StepSums(logged, sum(weights.values()), tokens, trained, lambda: sums_by_part(scored, rows), apart)
+
+
+def _backward(
+    model: GPT,
+    batch: Batch,
+    noise: Tensor | None,
+    weights: dict[str, float],
+    gain: float,
+    engine: Engine,
+    options: Loss,
+) -> tuple[dict[str, Tensor], LossSum]:
+    """Add the gradients of one forward. Returns its losses by name, each over its weight, and the first as it came.
+
+    Both without their graph: what is left of one in memory is in the way of the next."""
+    with engine.autocast():
+        losses = engine.world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
+    parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
+    (sum_of(parts) * gain).backward()
+    first = next(iter(losses.values()))
+    return {name: part.detach() for name, part in parts.items()}, LossSum(*(t.detach() for t in first))
+
+
+def sum_of(parts: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).sum()
 
 
 def clip(model: GPT, limit: float) -> Tensor:
