@@ -33,13 +33,14 @@ from ratios import ratios
 from sftcli.model import optim
 from sftcli.model.adapters import adapt
 from sftcli.model.batches import aligned
-from sftcli.model.checkpoint import load_model, open_folder
+from sftcli.model.checkpoint import DTYPES, load_model, open_folder
 from sftcli.model.gpt import GPT
 from sftcli.model.memory import keep_freed_memory, peak_bytes
 from sftcli.model.training import Plan, choose_engine, train_steps
 from sftcli.recipe import Train
 from sftcli.rowfile import RowFile
 from sftcli.rows import Row
+from sftcli.stages.training_job import with_base_dtype
 
 DIGITS = 5e-4  # how far two losses may be apart, as a share
 TRL: dict[str, dict[str, Any]] = {"trl": {}, "trl tuned": TRL_TUNED}
@@ -75,7 +76,7 @@ class Work:
 
 def our_model(work: Work) -> GPT:
     folder = open_folder(Path(work.model))
-    network = load_model(folder)
+    network = load_model(folder, dtype=DTYPES[with_base_dtype(work.options, folder).base_dtype])
     if work.options.adapter:
         adapt(network, folder.family, work.options.adapter, work.options.seed)
     network.gradient_checkpointing = work.options.gradient_checkpointing

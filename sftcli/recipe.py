@@ -254,7 +254,8 @@ class Train(Options):
     """Rows -> a model folder."""
 
     adapter: Annotated[Adapter | None, BeforeValidator(_adapter)] = None  # None: all weights are trained
-    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen matrices, under an adapter
+    # what frozen matrices under an adapter are kept in; auto: the 16 bits that they are stored in, else float32
+    base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Schedule, BeforeValidator(kind)] = Schedule()
     loss: Loss = Loss()
@@ -292,14 +293,12 @@ class Train(Options):
 
     @model_validator(mode="after")
     def choices_fit(self) -> "Train":
-        if self.base_dtype != "float32" and not self.adapter:
+        if self.base_dtype not in ("auto", "float32") and not self.adapter:
             raise ValueError(f"base_dtype {self.base_dtype} is for weights that an adapter leaves frozen")
         if self.parallel == "fsdp" and isinstance(self.adapter, Prompt):
             raise ValueError("parallel fsdp cannot train an adapter of kind prompt; ddp can")  # blocks run twice
         if self.parallel == "fsdp" and self.optimizer_offload:
             raise ValueError("parallel fsdp shares the optimizer's state out: optimizer_offload is for ddp")
-        if self.base_dtype == "bfloat16" and self.dtype == "float32":
-            raise ValueError("a base in bfloat16 computes in bfloat16: dtype float32 does not fit it")
         return self
 
 

@@ -36,7 +36,7 @@ from sftcli.model import optim
 from sftcli.model.adapters import lora
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, apply, open_model
 from sftcli.model.attention import Group, RowAttention
-from sftcli.model.checkpoint import load_model, open_folder
+from sftcli.model.checkpoint import load_model, open_folder, save_model
 from sftcli.model.families import Stored, family_of
 from sftcli.model.gpt import GPT
 from sftcli.model.memory import estimate
@@ -270,7 +270,6 @@ def test_unknown_names_exit_2_and_name_what_there_is(base, rows, tmp_path, setti
         ("adapter.targets=(",),
         ("adapter.targets=.*", "adapter.layers=[0]"),
         ("adapter=null", "base_dtype=bfloat16"),
-        ("base_dtype=bfloat16", "dtype=float32"),
         ("adapter.kind=ia3",),
         ("adapter.r=3",),
         ("adapter.rank=0",),
@@ -422,12 +421,43 @@ def test_micro_batches_change_no_step(base, rows, tmp_path):
         assert b == pytest.approx(a, rel=1e-4)
 
 
-def test_base_in_bfloat16_is_held_in_bfloat16_and_the_adapter_in_float32(base, rows, tmp_path):
-    options = options_of("base_dtype=bfloat16", "adapter.modules_to_save=[norm]")
-    job = make_job(options, open_folder(base), tmp_path, RowFile(rows), rows, load_codec(base))
-    assert job.engine.dtype == torch.bfloat16
-    for _, p in job.model.named_parameters():
-        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, ("adapter.modules_to_save=[norm]",)),
+        (torch.float16, ("adapter.targets=[q_proj]",)),
+        (torch.bfloat16, ("adapter.dropout=0.2", "adapter.dora=true", "gradient_checkpointing=true")),
+        (torch.bfloat16, ("adapter=prefix",)),
+    ],
+    ids=str,
+)
+def test_base_of_16_bits_is_kept_so_and_trains_to_the_bits_of_a_base_in_float32(base, tmp_path, dtype, settings):
+    folder, narrow = open_folder(base), tmp_path / "narrow"
+    save_model(load_model(folder), folder, narrow, dtype=dtype)
+    rows = write_turns(narrow, tmp_path / "narrow.safetensors", LENGTHS)
+    found = []
+    for kept in ("auto", "float32"):
+        options = options_of(f"base_dtype={kept}", "eval_share=0.3", "sample_rows=1", "sample_tokens=5", *settings)
+        job = make_job(options, open_folder(narrow), tmp_path, RowFile(rows), rows, load_codec(narrow))
+        assert job.engine.dtype == torch.float32
+        for p in job.model.parameters():
+            frozen = p.ndim >= 2 and not p.requires_grad and kept == "auto"
+            assert p.dtype == (dtype if frozen else torch.float32)
+        train(options, rows, str(narrow), str(tmp_path / kept))
+        samples = (tmp_path / kept / "samples.jsonl").read_text()
+        found.append((artifacts.file_fingerprint(str(tmp_path / kept / "adapter" / ADAPTER_WEIGHTS)), samples))
+    assert found[0] == found[1]
+    assert metrics(tmp_path / "auto") == metrics(tmp_path / "float32")
+
+
+def test_base_of_several_dtypes_is_kept_in_float32(base, rows, tmp_path):
+    weights = base / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    others = {n: t if n == name else t.bfloat16() for n, t in tensors.items()}
+    safetensors.torch.save_file(others, weights, metadata={"format": "pt"})
+    job = make_job(options_of(), open_folder(base), tmp_path, RowFile(rows), rows, load_codec(base))
+    assert {p.dtype for p in job.model.parameters()} == {torch.float32}
 
 
 def test_base_without_weights_is_refused(rows, tmp_path):

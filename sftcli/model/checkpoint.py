@@ -69,6 +69,12 @@ class ModelFolder:
             held[entry.dtype] = held.get(entry.dtype, 0) + entry.end - entry.start
         return max(held, key=lambda dtype: held[dtype], default=torch.float32)
 
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """The dtype of 16 bits that all matrices are stored in; None: no such."""
+        held = {entry.dtype for entry in self.entries.values() if len(entry.shape) >= 2}
+        return next(iter(held)) if len(held) == 1 and held <= {torch.bfloat16, torch.float16} else None
+
     def dtype_of(self, name: str) -> torch.dtype:
         """What a tensor is stored as."""
         return self.entries[name].dtype if name in self.entries else self.dtype

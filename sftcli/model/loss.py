@@ -181,6 +181,8 @@ def projected_loss(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif weight.dtype != hidden.dtype:  # frozen, of 16 bits
+        weight = weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         total, nll, correct, entropy = _ProjectedLoss.apply(hidden, weight, bias, targets, weights, scale, cap, options)
     return LossSum(total, weights.sum(), nll, correct, entropy)

@@ -30,7 +30,7 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     parameters = dict(model.named_parameters())
     trained = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     count, learned = sum(p.numel() for p in parameters.values()), sum(trained.values())
-    frozen = FLOAT if options.base_dtype == "float32" else 2
+    frozen = 2 if options.base_dtype in ("bfloat16", "float16") else FLOAT
     blocks = sum(n for name, n in trained.items() if name.startswith("blocks."))
     moments = 2 * learned - (blocks if isinstance(options.optimizer, Muon) else 0)
     auto = "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,10 +32,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        r = _inverse_rms(x, eps)
+        y, r = _normed(x, weight, eps)
         ctx.save_for_backward(x, r, weight)
         ctx.mark_non_differentiable(r)
-        return _scaled(x, r, weight), r
+        return y, r
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -55,13 +55,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467)."""
     weight = weight.float()
     if not torch.is_grad_enabled():
-        return _scaled(x, _inverse_rms(x, eps), weight)
+        return _normed(x, weight, eps)[0]
     y, r = _RMSNorm.apply(x, weight, eps)
     return _noted(y, _scaled, x, r, weight)
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y and r of x (..., C); y lies where the squares lay."""
+    x32 = x.float()
+    y = x32.square()
+    r = y.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(x32, r, out=y).mul_(weight).to(x.dtype), r
 
 
 def _scaled(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:

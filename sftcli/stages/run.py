@@ -216,6 +216,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     from sftcli.model.memory import estimate
     from sftcli.model.mixture import Input, parts_of
     from sftcli.rowfile import RowFile
+    from sftcli.stages.training_job import with_base_dtype
 
     with tempfile.TemporaryDirectory(prefix="sft-dry-run-") as temporary:
         folder = Path(temporary)
@@ -231,5 +232,5 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "tokens": sum(lengths),
         "longest_row": max(lengths),
         "steps": steps_in_run([lengths[i] for i in trained], recipe.train, parts),
-        **estimate(opened.config, recipe.train, max(lengths), opened.family),
+        **estimate(opened.config, with_base_dtype(recipe.train, opened), max(lengths), opened.family),
     }

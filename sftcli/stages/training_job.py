@@ -183,7 +183,7 @@ def make_job(
     _add_tables(options, folder, rows, where)
     train_rows, held_out = split(len(rows), options.eval_share, options.seed)
     eval_rows = _eval_rows(options, [rows[i] for i in held_out], folder, codec)
-    engine = _engine(options, world or World())
+    options, engine = with_base_dtype(options, folder), _engine(options, world or World())
     spread = engine.world.spreads(options.parallel)
     model, fill = _model(options, folder, "next_sentence_label" in rows.columns, spread)
     engine.world.place(model, engine.device, options.parallel, fill)
@@ -243,15 +243,20 @@ def _add_tables(options: Train, folder: ModelFolder, rows: RowFile, where: str) 
         raise UsageError(f"{where}: these rows need {lacking}, which the base lacks", hint=hint)
 
 
+def with_base_dtype(options: Train, folder: ModelFolder) -> Train:
+    """The options with what `base_dtype: auto` is for this base: only what keeps all its numbers."""
+    if options.base_dtype != "auto":
+        return options
+    kept = folder.narrow if options.adapter else None
+    return options.model_copy(update={"base_dtype": "float32" if kept is None else str(kept).removeprefix("torch.")})
+
+
 def _engine(options: Train, world: World) -> Engine:
-    """A base in bfloat16 computes in bfloat16 where nothing else is asked."""
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when a GPU is first used
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True)
-    small = options.base_dtype == "bfloat16" and options.dtype == "auto"
-    engine = choose_engine(world.device(options.device), "bfloat16" if small else options.dtype)
-    return replace(engine, world=world)
+    return replace(choose_engine(world.device(options.device), options.dtype), world=world)
 
 
 def _model(options: Train, folder: ModelFolder, pairs: bool, spread: bool) -> tuple[GPT, Callable[[], None] | None]:

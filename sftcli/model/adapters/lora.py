@@ -40,9 +40,9 @@ class LoraLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return self.finish(*products(x, self.matrices()))
-        h = F.linear(x, self.weight, self.bias)
+        (h,) = products(x, [(self.weight, self.bias)])
         dropped = F.dropout(x, self.dropout, self.training)
-        plain = h if self.magnitude is None else F.linear(dropped, self.weight)
+        plain = h if self.magnitude is None else products(dropped, [(self.weight, None)])[0]
         return self._updated(h, F.linear(dropped, self.lora_A), plain)
 
     def matrices(self) -> list[Matrix]:
