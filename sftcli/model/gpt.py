@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,7 @@ from sftcli.model.attention import Attention, Prefix, Prefixed, Sight
 from sftcli.model.batches import Batch
 from sftcli.model.linear import Linear, of_one_input
 from sftcli.model.loss import PLAIN, LossSum, projected_loss, scaled_and_capped
-from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm
+from sftcli.model.pieces import ACTIVATIONS, embed, gated, rms_norm
 from sftcli.model.rope import Rope, RotaryTable, rotary_table, rotate_
 from sftcli.recipe import Loss
 
@@ -273,15 +274,17 @@ class GPT(nn.Module):
         noise: Tensor | None = None,
         types: Tensor | None = None,
         only: Tensor | None = None,
+        head: list[Tensor] | None = None,
     ) -> Tensor:
         """Final hidden states (..., C) of ids (...) at positions (...), counted from the end of a prefix.
 
         `blocks`, `types` (...): block positions and token types, None: all 0. `noise` is added to the embedding's rows.
-        `only` (N,): the tokens of ids (T,) whose hidden states (N, C) are wanted.
+        `only` (N,): the tokens of ids (T,) whose hidden states (N, C) are wanted. `head`: see `embed`.
         """
         if self.prefix is not None:
             attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
-        x = self.embedding(ids).float()  # the residual stream stays float32 whatever the weights are kept in
+        embedded = F.embedding(ids, self.embedding.weight) if head is None else embed(ids, self.embedding.weight, head)
+        x = embedded.float()  # the residual stream stays float32 whatever the weights are kept in
         if noise is not None:
             x = x + noise
         if self.config.embedding_scale != 1.0:
@@ -335,10 +338,13 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, loss: Loss = PLAIN, noise: Tensor | None = None) -> dict[str, LossSum]:
         """The losses of a batch by name, each a sum and a weight; only labelled positions are projected."""
         count, only = len(batch.scored), torch.cat([batch.scored, batch.starts])
-        hidden = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise, batch.types, only)
+        head: list[Tensor] | None = [] if self._adds_to_head() else None
+        hidden = self.hidden(batch.ids, batch.positions, batch.attention, batch.blocks, noise, batch.types, only, head)
         x = self.transform(hidden[:count])
         scale, cap = self.config.logit_scale, self.config.logit_cap
-        found = projected_loss(x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap, loss)
+        found = projected_loss(
+            x, self.head.weight, self.head.bias, batch.targets, batch.weights, scale, cap, loss, head
+        )
         if batch.pairs is None:
             return {"nll": found}
         if self.pooler is None or self.nsp is None:
@@ -346,6 +352,13 @@ class GPT(nn.Module):
         pooled = torch.tanh(self.pooler(hidden[count:]))  # (rows, C)
         labelled = torch.ones(len(pooled), device=pooled.device)
         return {"mlm": found, "nsp": projected_loss(pooled, self.nsp.weight, self.nsp.bias, batch.pairs, labelled)}
+
+    def _adds_to_head(self) -> bool:
+        """Whether the embedding can add its gradient to that of the head: one table that learns, on a CPU (others add
+        rows in any order)."""
+        weight = self.embedding.weight
+        one = weight is self.head.weight and weight.requires_grad and torch.is_grad_enabled()
+        return one and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
     def set_dropout(self, p: float) -> None:
         """Dropout on the embedding and on what each block adds (not on attention weights)."""

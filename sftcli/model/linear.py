@@ -101,18 +101,20 @@ class _Products(torch.autograd.Function):
         kept = ctx.saved_tensors
         joined, of = kept[: len(ctx.groups)], kept[len(ctx.groups) :]
         x = ctx.make(*of).reshape(-1, ctx.shape[-1]) if of else None  # (T, in)
-        of_x: Tensor | None = None
+        gs = [_join([grads[i].reshape(-1, ctx.sizes[i]) for i in group], 1) for group in ctx.groups]  # (T, out) each
         found: dict[int, Tensor] = {}  # by place in what forward was given
-        for group, weight in zip(ctx.groups, joined, strict=True):
-            g = _join([grads[i].reshape(-1, ctx.sizes[i]) for i in group], 1)  # (T, out)
-            if ctx.needs_input_grad[0]:
-                weight = weight.to(g.dtype)
-                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
+        for group, g in zip(ctx.groups, gs, strict=True):
             if x is not None and ctx.needs_input_grad[2 + 2 * group[0]]:
                 parts = (g.t() @ x).split([ctx.sizes[i] for i in group])
                 found |= {2 * i: part for i, part in zip(group, parts, strict=True)}
             if ctx.needs_input_grad[3 + 2 * group[0]]:
                 found[2 * group[0] + 1] = g.sum(0)
+        del x  # its gradient has room where it was
+        of_x: Tensor | None = None
+        for g, weight in zip(gs, joined, strict=True):
+            if ctx.needs_input_grad[0]:
+                weight = weight.to(g.dtype)
+                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
         rest = (found.get(i) for i in range(2 * len(ctx.sizes)))
         return None if of_x is None else of_x.view(ctx.shape), None, *rest
 

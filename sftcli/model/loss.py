@@ -51,6 +51,7 @@ class _ProjectedLoss(torch.autograd.Function):
         scale: float,
         cap: float | None,
         options: Loss,
+        left: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = max(64, CHUNK_LOGITS // weight.shape[0])
         block = max(16, BLOCK_LOGITS // weight.shape[0]) if hidden.device.type == "cpu" else rows
@@ -65,8 +66,10 @@ class _ProjectedLoss(torch.autograd.Function):
                 torch.stack(_scored_(z, y, w, scale, cap, options, learns), out=out)
             if learns:
                 _add_gradients(grads, logits, hidden[part], weight, part)
+            del logits, z  # or the next chunk needs room beside this one
         loss, nll, correct, entropy = told
         ctx.save_for_backward(*grads)
+        ctx.left = left
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nll, correct, entropy)
         return loss.sum(), nll, correct, entropy
@@ -77,7 +80,10 @@ class _ProjectedLoss(torch.autograd.Function):
         hidden, weight, bias = (None if g is None else g.mul_(grad) for g in grads)
         weight = None if weight is None else weight.to(ctx.dtypes[0])
         bias = None if bias is None else bias.to(ctx.dtypes[1])
-        return hidden, weight, bias, None, None, None, None, None
+        if ctx.left is not None and weight is not None:
+            ctx.left.append(weight)
+            weight = None
+        return hidden, weight, bias, None, None, None, None, None, None
 
 
 def _scored_(
@@ -168,11 +174,13 @@ def projected_loss(
     scale: float = 1.0,
     cap: float | None = None,
     options: Loss = PLAIN,
+    left: list[Tensor] | None = None,
 ) -> LossSum:
     """The loss of `hidden @ weight.T + bias` (scaled, soft-capped) against `targets`, in float32, as a sum.
 
     hidden (N, C): the positions that have a label, and only they. weight (V, C). targets (N,) ids below V.
-    weights (N,) >= 0. Gradients reach hidden, weight and bias. Backward may be called once.
+    weights (N,) >= 0. Gradients reach hidden, weight and bias. Backward may be called once. `left`: that of the weight
+    is put there instead, for what comes later in backward to add to it.
     """
     weights = weights.float()
     if not torch.is_grad_enabled():  # else autograd would still ask for gradients of the parameters
@@ -184,5 +192,7 @@ def projected_loss(
     elif weight.dtype != hidden.dtype:  # frozen, of 16 bits
         weight = weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        total, nll, correct, entropy = _ProjectedLoss.apply(hidden, weight, bias, targets, weights, scale, cap, options)
+        total, nll, correct, entropy = _ProjectedLoss.apply(
+            hidden, weight, bias, targets, weights, scale, cap, options, left
+        )
     return LossSum(total, weights.sum(), nll, correct, entropy)

@@ -72,12 +72,33 @@ def _scaled(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
     return (x.float() * r).mul_(weight).to(x.dtype)
 
 
+class _Embedded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, head: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.head = weight.shape, head
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        of_weight = ctx.head.pop() if ctx.head else grad.new_zeros(ctx.shape)
+        return None, of_weight.index_add_(0, ids.flatten(), grad.flatten(0, -2)), None
+
+
+def embed(ids: Tensor, weight: Tensor, head: list[Tensor]) -> Tensor:
+    """Rows (..., C) of a table that is the head's, too: the head's loss leaves its gradient in `head`, and in backward
+    the rows' is added to it. A table (V, C) of gradients less."""
+    return _Embedded.apply(ids, weight, head)
+
+
 @dataclass(frozen=True)
 class Activation:
-    """A function of each number, and its backward pass: of a gradient (...) and what the function was given (...)."""
+    """A function of each number, and its backward pass: of a gradient (...) and what the function was given (...),
+    into `grad_input`."""
 
     function: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[..., Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -85,10 +106,12 @@ class Activation:
 
 aten = torch.ops.aten
 ACTIVATIONS = {
-    "silu": Activation(F.silu, aten.silu_backward),
-    "gelu": Activation(F.gelu, aten.gelu_backward),
-    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
-    "relu": Activation(F.relu, partial(aten.threshold_backward, threshold=0)),
+    "silu": Activation(F.silu, aten.silu_backward.grad_input),
+    "gelu": Activation(F.gelu, aten.gelu_backward.grad_input),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward.grad_input, approximate="tanh")
+    ),
+    "relu": Activation(F.relu, partial(aten.threshold_backward.grad_input, threshold=0)),
 }
 
 
@@ -105,7 +128,9 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gate, up = ctx.saved_tensors
         activated = ctx.left.pop() if ctx.left else ctx.activation(gate)
-        return ctx.activation.backward(grad * up, gate), activated.mul_(grad), None, None
+        of_gate = grad * up
+        ctx.activation.backward(of_gate, gate, grad_input=of_gate)
+        return of_gate, activated.mul_(grad), None, None
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
