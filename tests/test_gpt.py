@@ -1,6 +1,7 @@
 """The one model: equal to transformers, to itself row by row, and to the visibility rule."""
 
 import json
+import weakref
 
 import pytest
 import safetensors.torch
@@ -20,6 +21,7 @@ from model_fixtures import (
     random_ids,
     row_logits,
 )
+from torch import nn
 
 from sftcli.errors import CheckpointError, Exit, UsageError
 from sftcli.model.attention import PAD, Group, RowAttention, Sight, Tokens, attend, visible
@@ -215,6 +217,36 @@ def test_token_changes_the_logits_of_its_own_and_later_positions_only(model):
         other = [*ids[:j], (ids[j] + 1) % VOCABULARY, *ids[j + 1 :]]
         difference = (row_logits(model, other) - before).abs().amax(-1)
         assert [bool(d > 1e-3) for d in difference] == [i >= j for i in range(len(ids))]
+
+
+class Held:
+    """Something that a graph holds."""
+
+
+def test_forward_leaves_no_graph_in_memory_for_the_next(monkeypatch, tmp_path):
+    model = make_model(tmp_path / "m", "llama")
+    plain, held = model.forward, []
+
+    def forward(*given):
+        assert all(reference() is None for reference in held)
+        found, mark = plain(*given), Held()
+        found["nll"].total.register_hook(lambda gradient, mark=mark: None)
+        held.append(weakref.ref(mark))
+        return found
+
+    monkeypatch.setattr(model, "forward", forward)
+    accumulate(model, make_rows([5, 7, 9]), 1, CPU)
+    assert len(held) == 3
+
+
+def test_tied_table_learns_the_sum_of_what_embedding_and_head_learn(tmp_path):
+    path = model_folder(tmp_path / "m", "llama", tied=True)
+    one, two = model_of(path), model_of(path)
+    assert one.head.weight is one.embedding.weight
+    two.head.weight = nn.Parameter(two.head.weight.detach().clone())
+    for model in (one, two):
+        accumulate(model, make_rows([5, 7, 9]), 9, CPU)
+    torch.testing.assert_close(one.head.weight.grad, two.head.weight.grad + two.embedding.weight.grad)
 
 
 def step_gradients(model, rows, micro_batch_tokens):

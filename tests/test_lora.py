@@ -445,7 +445,8 @@ def test_base_of_16_bits_is_kept_so_and_trains_to_the_bits_of_a_base_in_float32(
             assert p.dtype == (dtype if frozen else torch.float32)
         train(options, rows, str(narrow), str(tmp_path / kept))
         samples = (tmp_path / kept / "samples.jsonl").read_text()
-        found.append((artifacts.file_fingerprint(str(tmp_path / kept / "adapter" / ADAPTER_WEIGHTS)), samples))
+        weights = artifacts.file_fingerprint(str(tmp_path / kept / "adapter" / ADAPTER_WEIGHTS))
+        found.append((weights, samples, job.settings))  # a run goes on with the other
     assert found[0] == found[1]
     assert metrics(tmp_path / "auto") == metrics(tmp_path / "float32")
 

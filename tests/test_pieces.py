@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sftcli.model.pieces import ACTIVATIONS, gated, rms_norm, turned_
+from sftcli.model.loss import projected_loss
+from sftcli.model.pieces import ACTIVATIONS, embed, gated, rms_norm, turned_
 
 
 def gradients(function, *inputs):
@@ -87,6 +88,25 @@ def test_turn_and_its_gradient_equal_complex_numbers_in_float64(interleaved, dim
         return torch.cat([found.flatten(-2), x[..., dim:]], -1)
 
     assert_equal_to_float64(ours, plain, draw(5, 3, 12))
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["head learns", "no head"])
+def test_gradient_of_a_table_that_is_embedding_and_head_equals_the_sum_of_both(scored):
+    ids, targets, weights = torch.tensor([3, 1, 3, 3, 0]), torch.tensor([2, 3, 3, 0, 1]), torch.ones(5)
+    weighing = draw(5, 8, seed=3)
+
+    def ours(table):
+        head = []
+        x = embed(ids, table, head)
+        total = (x * weighing).sum()
+        return total + projected_loss(x, table, None, targets, weights, left=head).total if scored else total
+
+    def plain(table):
+        x = F.embedding(ids, table)
+        total = (x * weighing.to(x.dtype)).sum()
+        return total + F.cross_entropy(x @ table.t(), targets, reduction="sum") if scored else total
+
+    assert_equal_to_float64(ours, plain, draw(6, 8))
 
 
 def numbers_kept(function, *inputs):

@@ -42,7 +42,7 @@ from sftcli.text.tokenizer import Codec
 
 LOOKED_AT = 256  # rows that are searched for control tokens, and of the embedding for what is usual
 # a step is computed: not which step it is
-HOW = ("device", "dtype", "parallel", "deterministic", "micro_batch_tokens", "gradient_checkpointing")
+HOW = ("device", "dtype", "base_dtype", "parallel", "deterministic", "micro_batch_tokens", "gradient_checkpointing")
 BLANK = 0.05  # of the usual distance from the mean embedding
 ARRIVING = f".tmp-{artifacts.ROWS}"  # rows that are collected, until it is clear that they are this run's
 FREE_TO_CHANGE = {
@@ -216,6 +216,7 @@ def make_job(
             "threads": torch.get_num_threads(),
             "device": str(engine.device),
             "dtype": str(engine.dtype),
+            "base_dtype": None if DTYPES[options.base_dtype] in (torch.float32, folder.narrow) else options.base_dtype,
             "processes": engine.world.size,
             "parallel": options.parallel,
             "deterministic": options.deterministic,
