@@ -451,11 +451,12 @@ def test_base_of_16_bits_is_kept_so_and_trains_to_the_bits_of_a_base_in_float32(
     assert metrics(tmp_path / "auto") == metrics(tmp_path / "float32")
 
 
-def test_base_of_several_dtypes_is_kept_in_float32(base, rows, tmp_path):
+@pytest.mark.parametrize("odd", [torch.float32, torch.float16], ids=str)
+def test_base_of_several_dtypes_is_kept_in_float32(base, rows, tmp_path, odd):
     weights = base / "model.safetensors"
     tensors = safetensors.torch.load_file(weights)
     name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
-    others = {n: t if n == name else t.bfloat16() for n, t in tensors.items()}
+    others = {n: t.to(odd if n == name else torch.bfloat16) for n, t in tensors.items()}
     safetensors.torch.save_file(others, weights, metadata={"format": "pt"})
     job = make_job(options_of(), open_folder(base), tmp_path, RowFile(rows), rows, load_codec(base))
     assert {p.dtype for p in job.model.parameters()} == {torch.float32}
