@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -283,7 +282,7 @@ class GPT(nn.Module):
         """
         if self.prefix is not None:
             attention, positions = Prefixed(attention, self.prefix(self)), positions + self.prefix.length
-        embedded = F.embedding(ids, self.embedding.weight) if head is None else embed(ids, self.embedding.weight, head)
+        embedded = self.embedding(ids) if head is None else embed(ids, self.embedding.weight, head)
         x = embedded.float()  # the residual stream stays float32 whatever the weights are kept in
         if noise is not None:
             x = x + noise
