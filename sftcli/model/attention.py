@@ -165,6 +165,7 @@ class RowAttention:
         self.groups = [Group(1, shared), *groups] if shared else groups
         self.shared = shared
         self.sizes = [group.rows * group.length for group in self.groups]
+        self._rows = [flash.Rows(group.rows, group.length, not group.full) for group in self.groups]
         causal, full = all(group.order is None for group in groups), all(group.full for group in groups)
         self._after = 0 if causal else -1 if full else None  # tokens after itself that a query sees, if all rows agree
         self._ends: Tensor | None = None
@@ -178,8 +179,7 @@ class RowAttention:
         if plain and self._after is not None and varlen.serves(q, k):
             return self._at_once(sight, q, k, v, self._after)
         if plain and q.device.type == "cpu" and all(g.seen(sight.window, q.device) is None for g in self.groups):
-            groups = [flash.Rows(group.rows, group.length, not group.full) for group in self.groups]
-            return flash.attend_rows(q, k, v, groups, sight.scale, self.shared)
+            return flash.attend_rows(q, k, v, self._rows, sight.scale, self.shared)
         assert not self.shared, "only the flash kernel looks back at a beginning"
         pieces = zip(self.groups, q.split(self.sizes), k.split(self.sizes), v.split(self.sizes), strict=True)
         return torch.cat([self._group(sight, *piece) for piece in pieces])

@@ -25,8 +25,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.product:
             return self.product(x)
-        alike = self.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        return super().forward(x) if alike else products(x, [(self.weight, self.bias)])[0]
+        return super().forward(x) if self.weight.dtype == x.dtype else products(x, self.matrices())[0]
 
     def matrices(self) -> list[Matrix]:
         """What the input is multiplied with; none where that is not the input alone."""

@@ -65,11 +65,11 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32 = x.float()
     y = x32.square()
     r = y.mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return torch.mul(x32, r, out=y).mul_(weight).to(x.dtype), r
+    return _scaled(x32, r, weight, y).to(x.dtype), r
 
 
-def _scaled(x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
-    return (x.float() * r).mul_(weight).to(x.dtype)
+def _scaled(x: Tensor, r: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mul(x.float(), r, out=out).mul_(weight).to(x.dtype)
 
 
 class _Embedded(torch.autograd.Function):

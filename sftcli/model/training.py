@@ -242,7 +242,7 @@ def accumulate(
             parts, of_tokens = _backward(model, batch, noise, weights, world.gain if part else 0, engine, options)
         if not part:
             continue
-        logged += torch.stack([sum_of(parts), of_tokens.correct.sum(), of_tokens.entropy.sum()])
+        logged += torch.stack([_sum_of(parts), of_tokens.correct.sum(), of_tokens.entropy.sum()])
         for name, part_of_loss in parts.items():
             apart[name] += part_of_loss
         scored.append((batch, of_tokens.nll))
@@ -266,12 +266,12 @@ def _backward(
     with engine.autocast():
         losses = engine.world.forward(model)(batch, options, None if noise is None else noise.to(engine.device))
     parts = {name: found.total / max(weights[name], 1e-30) for name, found in losses.items()}
-    (sum_of(parts) * gain).backward()
+    (_sum_of(parts) * gain).backward()
     first = next(iter(losses.values()))
     return {name: part.detach() for name, part in parts.items()}, LossSum(*(t.detach() for t in first))
 
 
-def sum_of(parts: dict[str, Tensor]) -> Tensor:
+def _sum_of(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum()
 
 
