@@ -122,6 +122,7 @@ def test_no_module_imports_an_oracle():
 
 
 HEAVY = ("torch", "numpy", "transformers", "safetensors")
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
 PROBE = """
 import io, sys
 sys.argv = ["sft", *sys.argv[1:]]
@@ -151,10 +152,11 @@ def pipeline(tmp_path_factory):
         "show tokens": ("show", folder / "tokens.jsonl"),
         "show folder": ("show", folder / "base"),
         "check": ("check", data, "-m", folder / "base", *columns),
+        "train": ("train", folder / "rows.safetensors", "-m", folder / "base", "-o", folder / "run", "--max-steps", 2),
     }
-    program = PROBE.format(heavy=HEAVY)
     loaded = {}
     for name, command in commands.items():
+        program = PROBE.format(heavy=COMPILER if name == "train" else HEAVY)
         done = subprocess.run(
             [sys.executable, "-c", program, *map(str, command)], capture_output=True, cwd=ROOT, timeout=60
         )
@@ -168,6 +170,10 @@ def pipeline(tmp_path_factory):
 )
 def test_commands_without_a_model_never_load_torch(pipeline, name):
     assert pipeline[name] == "loaded:"
+
+
+def test_a_training_never_loads_the_compiler_of_torch(pipeline):
+    assert pipeline["train"] == "loaded:"
 
 
 def test_help_is_there_in_a_moment():

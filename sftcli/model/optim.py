@@ -1,12 +1,13 @@
 """Optimisers over the right parameters, and the learning rate over the run."""
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
 
 from sftcli import recipe
 from sftcli.model.gpt import GPT
@@ -16,6 +17,25 @@ LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
 LR_TABLE = 1e-2  # of a prefix by itself: no matrix multiplies what it learns
 MOMENTS = 8  # bytes of AdamW's state for a parameter
 BUCKET = 1 << 26  # parameters whose state an offloaded step has on the device at once: 512 MiB of AdamW's
+
+
+class _WithoutCompiler(Optimizer):
+    """torch's decorators import its compiler only to tell it to stay away: two seconds before every first step."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
+
+
+class AdamW(_WithoutCompiler, optim.AdamW):
+    """torch.optim.AdamW."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        inspect.unwrap(optim.AdamW.step)(self)
+
+
+class Muon(_WithoutCompiler, optim.Muon):
+    """torch.optim.Muon."""
 
 
 def build(
