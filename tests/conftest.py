@@ -139,6 +139,21 @@ def sft_process():
     return run_process
 
 
+@pytest.fixture(scope="session")
+def warm_sft(tmp_path_factory):
+    """A folder with an `sft` for shells that starts at once (warm.py)."""
+    folder, program = tmp_path_factory.mktemp("bin"), str(ROOT / "tests" / "warm.py")
+    door = str(folder / "door")
+    executable = folder / "sft"
+    executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{program}" "{door}" run "$@"\n')
+    executable.chmod(0o755)
+    command = [sys.executable, program, door]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield folder
+        server.stdin.close()
+
+
 def write_lines(path: Path, *rows: Any) -> Path:
     """JSON lines; a row given as bytes stands in the file as it is."""
     path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))

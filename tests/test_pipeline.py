@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import pytest
 from sftcli.artifacts import COMPLETIONS, MODEL, ROWS
 from sftcli.rowfile import RowFile
 
-SFT = f'"{sys.executable}" -m sftcli'
 DATA = Path(__file__).parent.parent / "data" / "samples"
 SIZE = "--set layers=2 --set width=32 --set heads=2 --set context=256"
 RECIPE = """
@@ -22,6 +21,13 @@ train: {{max_steps: 4, batch_tokens: 1024}}
 generate: {{prompts: {prompts}, max_new_tokens: 8}}
 evaluate: {{metrics: [exact_match]}}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sft_on_path(warm_sft: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(warm_sft), prepend=os.pathsep)
+        yield
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -43,16 +49,16 @@ def recipe_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data.jsonl").write_bytes(b"".join(lines[:120]))
     (folder / "prompts.jsonl").write_bytes(b"".join(lines[120:126]))
     (folder / "r.yaml").write_text(RECIPE.format(data="data.jsonl", prompts="prompts.jsonl"))
-    done = shell(f"{SFT} run r.yaml -o byrecipe", folder)
+    done = shell("sft run r.yaml -o byrecipe", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_shell_pipeline_gives_the_rows_and_the_weights_of_the_recipe(recipe_run: Path) -> None:
     done = shell(
-        f"""{SFT} init data.jsonl -o base {SIZE}
-        {SFT} tokenize data.jsonl -m base | {SFT} mask | {SFT} train - -m base -o run --max-steps 4 --batch-tokens 1024
-        {SFT} generate prompts.jsonl -m run --max-new-tokens 8 > answers.jsonl""",
+        f"""sft init data.jsonl -o base {SIZE}
+        sft tokenize data.jsonl -m base | sft mask | sft train - -m base -o run --max-steps 4 --batch-tokens 1024
+        sft generate prompts.jsonl -m run --max-new-tokens 8 > answers.jsonl""",
         recipe_run,
     )
     assert done.returncode == 0, done.stderr
@@ -64,17 +70,17 @@ def test_shell_pipeline_gives_the_rows_and_the_weights_of_the_recipe(recipe_run:
 
 
 def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on_it(recipe_run: Path) -> None:
-    again = shell(f"{SFT} run r.yaml -o byrecipe", recipe_run)
+    again = shell("sft run r.yaml -o byrecipe", recipe_run)
     assert again.returncode == 0, again.stderr
     for stage in ("init", "tokenize", "mask", "train", "generate"):
         assert f"{stage}: nothing has changed, skipped" in again.stderr
     before = (recipe_run / "byrecipe" / COMPLETIONS).read_bytes()
-    changed = shell(f"{SFT} run r.yaml -o byrecipe --set generate.max_new_tokens=3", recipe_run)
+    changed = shell("sft run r.yaml -o byrecipe --set generate.max_new_tokens=3", recipe_run)
     assert "train: nothing has changed, skipped" in changed.stderr
     assert "generate: nothing has changed" not in changed.stderr
     assert (recipe_run / "byrecipe" / COMPLETIONS).read_bytes() != before
     (recipe_run / "byrecipe" / "tokens.jsonl").write_bytes(b"")  # somebody damages an output
-    healed = shell(f"{SFT} run r.yaml -o byrecipe", recipe_run)
+    healed = shell("sft run r.yaml -o byrecipe", recipe_run)
     assert "tokenize: nothing has changed" not in healed.stderr
     assert "mask: nothing has changed, skipped" in healed.stderr  # it got the same tokens as before
 
@@ -82,19 +88,19 @@ def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on
 @pytest.mark.slow
 def test_an_adapter_that_is_switched_on_in_a_recipe_is_trained_anew(recipe_run: Path) -> None:
     only_train = "--set generate=null --set evaluate=null"
-    assert shell(f"{SFT} run r.yaml -o first {only_train}", recipe_run).returncode == 0
+    assert shell(f"sft run r.yaml -o first {only_train}", recipe_run).returncode == 0
     lora = f"--set model=first --set init=null {only_train} --set train.adapter.rank=2"
     for flags in (lora, lora + " --set train.adapter=null", lora):
-        done = shell(f"{SFT} run r.yaml -o switched {flags}", recipe_run)
+        done = shell(f"sft run r.yaml -o switched {flags}", recipe_run)
         assert done.returncode == 0 and "resuming" not in done.stderr, done.stderr
     assert (recipe_run / "switched" / "adapter").is_dir() and not (recipe_run / "switched" / MODEL).exists()
 
 
 def test_a_tokenize_that_fails_in_the_pipe_ends_in_a_train_that_refuses(recipe_run: Path) -> None:
     done = shell(
-        f"""{SFT} init data.jsonl -o base2 {SIZE}
+        f"""sft init data.jsonl -o base2 {SIZE}
         (head -n 40 data.jsonl; echo '{{"messages": [{{"role": "user", "content": 7}}]}}') > bad.jsonl
-        {SFT} tokenize bad.jsonl -m base2 | {SFT} mask | {SFT} train - -m base2 -o refused""",
+        sft tokenize bad.jsonl -m base2 | sft mask | sft train - -m base2 -o refused""",
         recipe_run,
     )
     assert done.returncode == 3
@@ -107,7 +113,7 @@ def test_a_tokenize_that_fails_in_the_pipe_ends_in_a_train_that_refuses(recipe_r
 
 def test_stdout_of_a_failing_filter_ends_with_the_error_line_after_the_last_good_row(recipe_run: Path) -> None:
     done = shell(
-        f"{SFT} init data.jsonl -o base3 {SIZE} && (head -n 2 data.jsonl; echo no) | {SFT} tokenize - -m base3",
+        f"sft init data.jsonl -o base3 {SIZE} && (head -n 2 data.jsonl; echo no) | sft tokenize - -m base3",
         recipe_run,
     )
     assert done.returncode == 3
@@ -122,10 +128,10 @@ def test_dry_run_counts_steps_and_touches_nothing(recipe_run: Path) -> None:
         RECIPE.format(data="data.jsonl", prompts="prompts.jsonl").replace("max_steps: 4, ", "")
     )
     before = sorted(path.name for path in recipe_run.iterdir())
-    done = shell(f"{SFT} run dry.yaml --dry-run", recipe_run)
+    done = shell("sft run dry.yaml --dry-run", recipe_run)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    elsewhere = shell(f"{SFT} run dry.yaml --dry-run --set train.device=gpu", recipe_run)
+    elsewhere = shell("sft run dry.yaml --dry-run --set train.device=gpu", recipe_run)
     assert json.loads(elsewhere.stdout.splitlines()[-1])["memory_bytes"] >= figures["memory_bytes"]
     assert figures["rows"] == 120
     assert figures["steps"] >= 3 * figures["tokens"] / 1024
@@ -135,7 +141,7 @@ def test_dry_run_counts_steps_and_touches_nothing(recipe_run: Path) -> None:
 
 def test_reader_that_goes_away_ends_a_filter_silently(recipe_run: Path) -> None:
     done = shell(
-        f"{SFT} init {DATA}/train.jsonl -o base4 {SIZE} -q 2>/dev/null; {SFT} -q tokenize {DATA}/train.jsonl -m byrecipe | head -n 1 | wc -l; echo ${{PIPESTATUS[0]}}",
+        f"sft init {DATA}/train.jsonl -o base4 {SIZE} -q 2>/dev/null; sft -q tokenize {DATA}/train.jsonl -m byrecipe | head -n 1 | wc -l; echo ${{PIPESTATUS[0]}}",
         recipe_run,
     )
     assert done.stdout.split() == ["1", "141"]

@@ -1,5 +1,6 @@
 """Several processes: two with half of the rows each do what one does, and end together."""
 
+import gc
 import json
 import os
 import re
@@ -126,7 +127,8 @@ def one_model(folder, name, world):
 
 
 def in_a_pair(rank, folder, ports):
-    """What each of two processes does, all in one start of them: loading torch takes longest."""
+    """What each of two processes does, all in one start of them."""
+    gc.freeze()  # a run collects when it leaves its group: not all that pytest has loaded
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1)  # noqa: SIM115
@@ -187,7 +189,7 @@ def pair(tmp_path_factory):
     write_jsonl(folder / "poison.jsonl", [*make_rows(LENGTHS), poison])
     stopped_alone(folder, options_of())
     torch.multiprocessing.start_processes(
-        in_a_pair, (folder, free_ports(1 + len(RUNS) + len(RESUMED))), nprocs=2, start_method="spawn"
+        in_a_pair, (folder, free_ports(1 + len(RUNS) + len(RESUMED))), nprocs=2, start_method="fork"
     )
     return folder
 

@@ -53,8 +53,11 @@ def in_shell(script: str, folder: Path, timeout: int) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.parametrize("new", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forks", "processes"])
 @pytest.mark.timeout(300)
-def test_every_command_of_the_readme_works_in_its_order(workplace: Path) -> None:
+def test_every_command_of_the_readme_works_in_its_order(workplace: Path, warm_sft: Path, new: bool) -> None:
+    if not new:
+        shutil.copy(warm_sft / "sft", workplace / "bin" / "sft")
     found = blocks("bash")
     assert sum(block.count("sft ") for block in found) >= 20
     done = in_shell("\n".join(found), workplace, 280)

@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401  (loaded by the first optimizer: here for all forks)
 from conftest import SAMPLES
 from model_fixtures import metrics, model_folder, write_turns
 from test_training import LENGTHS
