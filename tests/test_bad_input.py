@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Pipe, chat, run_in_process
-from hypothesis import HealthCheck, given, settings
+from conftest import ROOT, Pipe, chat, run_in_process, write_lines
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftcli.artifacts import open_output
@@ -350,22 +350,27 @@ MESSAGES = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "train", "weight", "tool_calls", "from", "value"]), json_values | st.sampled_from(["user", "assistant"]), max_size=4),
     max_size=3,
 )  # fmt: skip
-EXAMPLES = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = pytest.mark.parametrize("examples", [20, pytest.param(100, marks=pytest.mark.slow)])
+
+
+def tried(strategy, examples, work):
+    """work(drawn) for that many examples."""
+    settings(max_examples=examples)(given(strategy)(work))()
 
 
 @EXAMPLES
-@given(
-    st.one_of(FIELDS, st.fixed_dictionaries({"messages": MESSAGES}), st.fixed_dictionaries({"conversations": MESSAGES}))
-)
-def test_any_json_in_any_field_gives_rows_or_one_line(base, record):
-    line = json.dumps(record).encode()
-    result = run_in_process("tokenize", "-", "-m", base, stdin=line)
-    assert result.code in (0, 3)
-    if result.code:
-        failed(result, 3, "<stdin>:1: ")
-        return
-    masked = run_in_process("mask", stdin=result.out)
-    assert masked.code in (0, 3) and "Traceback" not in masked.err
+def test_any_json_in_any_field_gives_rows_or_one_line(base, examples):
+    def work(record):
+        result = run_in_process("tokenize", "-", "-m", base, stdin=json.dumps(record).encode())
+        assert result.code in (0, 3)
+        if result.code:
+            failed(result, 3, "<stdin>:1: ")
+            return
+        masked = run_in_process("mask", stdin=result.out)
+        assert masked.code in (0, 3) and "Traceback" not in masked.err
+
+    turns = [st.fixed_dictionaries({name: MESSAGES}) for name in ("messages", "conversations")]
+    tried(st.one_of(FIELDS, *turns), examples, work)
 
 
 SHOWN = [
@@ -384,20 +389,24 @@ SHOWN = [
 
 
 @EXAMPLES
-@given(st.lists(st.dictionaries(st.sampled_from(SHOWN), json_values, max_size=6), min_size=1, max_size=3))
-def test_anything_can_be_shown_or_is_one_line(tmp_path_factory, records):
-    path = tmp_path_factory.mktemp("show") / "any.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = run_in_process("show", path)
-    assert result.code in (0, 3) and "Traceback" not in result.err
-    assert result.code == 0 or result.err.count("error: ") == 1
+def test_anything_can_be_shown_or_is_one_line(tmp_path, examples):
+    def work(records):
+        path = write_lines(tmp_path / "any.jsonl", *records)
+        result = run_in_process("show", path)
+        assert result.code in (0, 3) and "Traceback" not in result.err
+        assert result.code == 0 or result.err.count("error: ") == 1
+
+    row = st.dictionaries(st.sampled_from(SHOWN), json_values, max_size=6)
+    tried(st.lists(row, min_size=1, max_size=3), examples, work)
 
 
 @EXAMPLES
-@given(st.binary(max_size=60))
-def test_any_bytes_give_rows_or_one_line(base, content):
-    for args in (("tokenize", "-", "-m", base), ("mask", "-")):
-        result = run_in_process(*args, stdin=content)
-        assert result.code in (0, 2, 3)
-        if result.code:
-            failed(result, result.code)
+def test_any_bytes_give_rows_or_one_line(base, examples):
+    def work(content):
+        for args in (("tokenize", "-", "-m", base), ("mask", "-")):
+            result = run_in_process(*args, stdin=content)
+            assert result.code in (0, 2, 3)
+            if result.code:
+                failed(result, result.code)
+
+    tried(st.binary(max_size=60), examples, work)

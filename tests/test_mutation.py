@@ -69,7 +69,7 @@ SHAPES = b'{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":
 DOCUMENTS = b'{"id":"1","input_ids":[1,7,8,2],"segments":[[0,2,"user",false,1.0],[2,4,"assistant",true,0.5]],"tokenizer":null,"z":[1]}\n'
 
 
-@cases(40, 600)
+@cases(20, 600)
 def test_damaged_lines_give_rows_or_one_line(base, examples):
     def work(content):
         for command in (["tokenize", "-", "-m", base], ["tokenize", "-", "-m", base, "--on-error", "skip"], ["mask"]):
@@ -87,7 +87,7 @@ JINJA = [b"{{", b"}}", b"{%", b"%}", b"{#", b"-%}", b" for i in range(9999) ", b
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]  # fmt: skip
 
 
-@cases(60, 3000)
+@cases(40, 3000)
 def test_damaged_templates_render_or_say_why_not(examples):
     def work(source):
         template = Template(source.decode(errors="replace"), "damaged", {"bos_token": "<s>", "eos_token": "</s>"})
@@ -112,7 +112,7 @@ def taken_by_the_library(path):
         return set()
 
 
-@cases(60, 3000)
+@cases(40, 3000)
 def test_damaged_headers_and_indexes_are_refused_or_whole(tmp_path, examples, capsys):
     folder = model_folder(tmp_path / "m", "llama")
     whole = (folder / WEIGHTS).read_bytes()

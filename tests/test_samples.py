@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from conftest import SAMPLES, TEMPLATES
@@ -11,6 +12,7 @@ from conftest import SAMPLES, TEMPLATES
 FILES = sorted(path.name for path in SAMPLES.glob("*.jsonl"))
 
 
+@cache
 def rows_of(name):
     return [json.loads(line) for line in (SAMPLES / name).read_text(encoding="utf-8").splitlines()]
 
@@ -69,10 +71,10 @@ def test_every_sample_goes_through_tokenize_and_mask(sft, base, name):
     columns = ("--columns", "prompt=question,completion=answer") if name == "qa.jsonl" else ()
     tokens = sft("tokenize", SAMPLES / name, "-m", base, *columns)
     assert tokens.code == 0, tokens.err
-    assert len(tokens.rows) == len(rows_of(name))
+    assert tokens.out.count(b"\n") == len(rows_of(name))
     if name != "prompts.jsonl":  # nothing to train there
         rows = sft("mask", stdin=tokens.out)
-        assert (rows.code, len(rows.rows)) == (0, len(rows_of(name)))
+        assert (rows.code, rows.out.count(b"\n")) == (0, len(rows_of(name)))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -1,6 +1,8 @@
 """Templates that write contents as they are need not run for each conversation: filling in is rendering."""
 
+import copy
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from sftcli.errors import DataError, UsageError
 from sftcli.text.records import Conversation
 from sftcli.text.speaker import Speaker
-from sftcli.text.template import Template, load_template
+from sftcli.text.template import NAMES, Template, load_template
 from sftcli.text.tokenizer import _pattern
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -24,8 +26,14 @@ TURNS = st.lists(
 )
 
 
+@cache
+def compiled(source):
+    return Template(source, "test", SPECIALS)
+
+
 def speaker(source):
-    return Speaker(Template(source, "test", SPECIALS), _pattern(["</s>"]))
+    """With a template of its own, so that what a test changes in it stays there; what it was compiled to is shared."""
+    return Speaker(copy.copy(compiled(source)), _pattern(["</s>"]))
 
 
 def both_ways(source, messages, open_turn, tools=None, fills=None):
@@ -46,18 +54,23 @@ def both_ways(source, messages, open_turn, tools=None, fills=None):
     return found
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "alpaca", "plain", *FAMILIES])
+@cache
+def built_in(name):
+    return load_template(name, None, {}, SPECIALS).source
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}.jinja" for name in FAMILIES)])
 @settings(max_examples=20)
 @given(turns=TURNS, open_turn=st.booleans())
 def test_template_filled_in_is_the_template_rendered(name, turns, open_turn):
-    source = FAMILIES.get(name) or load_template(name, None, {}, SPECIALS).source
+    source = built_in(name) if name in NAMES else FAMILIES[name.removesuffix(".jinja")]
     messages = [{"role": role, "content": text} for role, text in turns]
     rendered, filled = both_ways(source, messages, open_turn)
     assert filled == rendered
 
 
 def test_templates_of_the_usual_shapes_are_filled_in():
-    found = {name: Template(source, name, SPECIALS).contents for name, source in FAMILIES.items()}
+    found = {name: compiled(source).contents for name, source in FAMILIES.items()}
     assert {name for name, how in found.items() if how == "whole"} >= {"chatml", "smollm2", "zephyr"}
     assert found["gemma3"] == "stripped"
     assert load_template("alpaca", None, {}, SPECIALS).contents == "whole"
@@ -107,7 +120,7 @@ HARMFUL = [
 @pytest.mark.parametrize("expression", HARMFUL)
 def test_what_looks_into_a_content_is_rendered_each_time(expression):
     source = LOOP + "{{ message.role }}:{{ message.content }}{{ " + expression + " }}</s>{% endfor %}"
-    assert Template(source, "test", SPECIALS).contents is None
+    assert compiled(source).contents is None
     for words in ("hello", "hi", "X <") if "random" not in expression and "lipsum" not in expression else ():
         rendered, filled = both_ways(source, chat("hi", words)["messages"], False, fills=False)
         assert filled == rendered
@@ -162,7 +175,7 @@ def test_what_looks_into_a_content_through_a_name_is_rendered_each_time(statemen
     ],
 )  # fmt: skip
 def test_what_writes_contents_only_is_filled_in(source, how):
-    assert Template(source, "test", SPECIALS).contents == how
+    assert compiled(source).contents == how
     for messages, fills in (
         ([{"role": "system", "content": "be"}, *chat("hi", "ho")["messages"]], True),
         (chat(" hi", "x ")["messages"], how == "whole"),
@@ -182,7 +195,7 @@ def test_what_writes_contents_only_is_filled_in(source, how):
     ],
 )
 def test_contents_that_are_written_twice_or_in_another_order_are_rendered(source):
-    assert Template(source, "test", SPECIALS).contents == "whole"
+    assert compiled(source).contents == "whole"
     rendered, filled = both_ways(source, chat("hi", "hello")["messages"], False)
     assert filled == rendered
 

@@ -105,6 +105,14 @@ def check(codec, texts):
 # ---- the same ids, the same places
 
 
+EXAMPLES = pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.slow)])
+
+
+def tried(strategy, examples, work):
+    """work(drawn) for that many examples."""
+    settings(max_examples=examples)(given(strategy)(work))()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_texts_of_all_that_the_patterns_tell_apart_have_the_librarys_ids(kind):
     ascii_, pairs = [chr(b) for b in range(128)], " \n\t\r\x0b\x0c\x1c\x1f\x00\x7f'sStTdDmMrRvVlLeEaZ09.,!<|>-_$"
@@ -121,10 +129,13 @@ def test_short_texts_of_all_that_the_patterns_tell_apart_have_the_librarys_ids(k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150)
-@given(texts=st.lists(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), min_size=1, max_size=8))
-def test_texts_have_the_librarys_ids_and_places(kind, texts):
-    check(codec_of(kind), texts)
+@EXAMPLES
+def test_texts_have_the_librarys_ids_and_places(kind, examples):
+    def work(texts):
+        check(codec_of(kind), texts)
+
+    text = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+    tried(st.lists(text, min_size=1, max_size=8), examples, work)
 
 
 spans = st.lists(
@@ -156,12 +167,15 @@ def outcome(codec, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150)
-@given(pieces=spans)
-def test_documents_are_those_of_the_library_alone(kind, pieces):
+@EXAMPLES
+def test_documents_are_those_of_the_library_alone(kind, examples):
     """With hard cuts, control strings in content and characters beyond ASCII, and counted alike."""
-    text = rendered(pieces)
-    assert outcome(codec_of(kind), text) == outcome(by_library(kind), text)
+
+    def work(pieces):
+        text = rendered(pieces)
+        assert outcome(codec_of(kind), text) == outcome(by_library(kind), text)
+
+    tried(spans, examples, work)
 
 
 def test_a_cut_before_a_character_beyond_ascii_is_the_librarys():

@@ -81,6 +81,10 @@ def open_gguf(path: str) -> GGUF:
 
 def _reader_class() -> Any:
     class Reader(library().GGUFReader):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            """A memmap is slow to take pieces of: a vocabulary of 128,000 took 13 s, and 4 as a plain array."""
+            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
+
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             """The library reads past the end in silence, and then counts to whatever a damaged length says."""
             end = int(offset) + int(count) * numpy.dtype(dtype).itemsize
