@@ -231,10 +231,19 @@ def append_lines(path: Path, *values: Any) -> None:
         raise cannot_write(path, error) from None
 
 
+def refuse_to_replace(inputs: Iterable[str], output: str) -> None:
+    """Raises UsageError for an output that would take the place of an input."""
+    for given in inputs:
+        with suppress(OSError):  # one of them is not there
+            if os.path.isfile(output) and os.path.samefile(given, output):
+                raise UsageError(f"{output} is an input, which this output would replace", hint="write to another file")
+
+
 @contextmanager
-def open_output(path: str | None) -> Iterator[IO[bytes]]:
-    """stdout for None or `-`, else an atomic file. A failing stage ends stdout with its error line."""
+def open_output(path: str | None, inputs: Iterable[str] = ()) -> Iterator[IO[bytes]]:
+    """stdout for None or `-`, else an atomic file, no input. A failing stage ends stdout with its error line."""
     if path not in (None, "-"):
+        refuse_to_replace(inputs, str(path))
         with atomic_file(str(path)) as file:
             yield file
         return

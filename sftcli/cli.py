@@ -173,7 +173,9 @@ def tokenize(
 def mask(
     tokens: Annotated[str, typer.Argument(metavar="TOKENS", help="From sft tokenize, or pretokenised; - .")] = "-",
     output: Output = None,
-    show: Annotated[int, typer.Option(metavar="N", help="Print the first N rows, trained tokens in colour.")] = 0,
+    show: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Print the first N rows, trained tokens in colour.")
+    ] = 0,
     train_on: Annotated[
         str | None,
         typer.Option(metavar="RULE", help="own, own-final, own-reasoning, last, all, after:IDS, between:IDS:IDS."),
@@ -248,6 +250,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
     nproc: Annotated[int | None, typer.Option(help="Processes on this machine; with CUDA, a GPU each (nccl).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the finished run in -o.")] = False,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
 ) -> None:
@@ -284,7 +287,7 @@ def train(
         seed=seed,
         nproc=nproc,
     )
-    start(options, rows or ["-"], model, output, resume)
+    start(options, rows or ["-"], model, output, resume, overwrite)
 
 
 @app.command()

@@ -91,7 +91,11 @@ def _explained(error: ValidationError, kind: type[Options], section: str, source
     path = ".".join(str(part) for part in ([section] if section else []) + loc)
     start = f"{source}: " if source else ""
     if first["type"] == "extra_forbidden":
-        names = _names_beside(kind, loc)
+        kinds = _kinds_beside(kind, loc)
+        if owner := next((k.model_fields["kind"].default for k in kinds if loc[-1] in k.model_fields), None):
+            place = ".".join([*path.split(".")[:-1], "kind"])
+            return UsageError(f"{start}{path}: unknown key of this kind", hint=f"{place}: {owner} has it")
+        names = sorted({name for k in kinds for name in k.model_fields})
         near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.6)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
         return UsageError(f"{start}{path}: unknown key", hint=hint)
@@ -114,13 +118,13 @@ def _is_tag(part: str) -> bool:
     return part in ("adamw", "muon", "lora", "prefix", "prompt", "causal", "glm", "bert")
 
 
-def _names_beside(kind: type[Options], loc: list[Any]) -> list[str]:
-    """The known keys at the place of an unknown one."""
+def _kinds_beside(kind: type[Options], loc: list[Any]) -> list[type[Options]]:
+    """The option classes whose keys may stand at the place of an unknown one."""
     kinds: list[type[Options]] = [kind]
     for part in loc[:-1]:
         fields = [k.model_fields[part] for k in kinds if part in k.model_fields]
         kinds = [found for field in fields for found in _sections(field.annotation)] or kinds
-    return sorted({name for k in kinds for name in k.model_fields})
+    return kinds
 
 
 def load_recipe(path: str, settings: list[str] | None = None) -> Recipe:

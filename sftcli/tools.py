@@ -73,7 +73,7 @@ def show(
     path: Annotated[
         str, typer.Argument(metavar="FILE", help="Data, tokens, rows, metrics, completions, a model or a run.")
     ],
-    count: Annotated[int, typer.Option("-n", "--count", help="Lines to show.")] = 3,
+    count: Annotated[int, typer.Option("-n", "--count", min=0, help="Lines to show.")] = 3,
     model: Annotated[str | None, typer.Option("-m", "--model", help="Names the tokens.")] = None,
 ) -> None:
     """Any artifact, for people.
@@ -125,7 +125,9 @@ def check(
     from sftcli.stages.check import check as stage
 
     if not model:
-        raise UsageError("no model", hint="-m MODEL, a model folder or a run")
+        missing = [path for path in data if path != "-" and not Path(path).exists()]
+        hint = "-m MODEL, a model folder or a run"
+        raise UsageError(f"there is no {missing[0]}") if missing else UsageError("no model", hint=hint)
     options = options_of(
         "tokenize", None, [], data=data, columns=columns, template=template, template_text=template_text
     )

@@ -70,6 +70,8 @@ def test_shell_pipeline_gives_the_rows_and_the_weights_of_the_recipe(recipe_run:
 
 
 def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on_it(recipe_run: Path) -> None:
+    (recipe_run / "byrecipe" / MODEL / "model-f16.gguf").write_bytes(b"as `sft export` leaves it")
+    (recipe_run / "byrecipe" / MODEL / "Modelfile").write_bytes(b"")
     again = shell("sft run r.yaml -o byrecipe", recipe_run)
     assert again.returncode == 0, again.stderr
     for stage in ("init", "tokenize", "mask", "train", "generate"):
@@ -79,6 +81,7 @@ def test_second_run_skips_every_stage_and_a_changed_setting_only_what_depends_on
     assert "train: nothing has changed, skipped" in changed.stderr
     assert "generate: nothing has changed" not in changed.stderr
     assert (recipe_run / "byrecipe" / COMPLETIONS).read_bytes() != before
+    assert (recipe_run / "byrecipe" / MODEL / "model-f16.gguf").is_file()
     (recipe_run / "byrecipe" / "tokens.jsonl").write_bytes(b"")  # somebody damages an output
     healed = shell("sft run r.yaml -o byrecipe", recipe_run)
     assert "tokenize: nothing has changed" not in healed.stderr

@@ -37,13 +37,14 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
     device = auto if options.device == "auto" else options.device
     if options.optimizer_offload and device != "cpu":
         moments = min(moments, 2 * max([BUCKET, *trained.values()]))
-    tokens = max(min(forward_tokens(options, device), options.batch_tokens), longest_row)
+    of_step = options.batch_rows * longest_row if options.batch_rows else options.batch_tokens
+    tokens = max(min(forward_tokens(options, device), of_step), longest_row)
     found = {
         "weights_bytes": frozen * (count - learned) + FLOAT * learned,
         "gradients_bytes": FLOAT * learned,
         "optimizer_bytes": FLOAT * moments,
         "activations_bytes": FLOAT * tokens * activations_per_token(config, options.gradient_checkpointing),
-        "logits_bytes": logits_bytes(config),
+        "logits_bytes": min(logits_bytes(config), 2 * FLOAT * tokens * config.vocab_size),
     }
     return {
         "parameters": count,

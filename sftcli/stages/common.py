@@ -120,14 +120,14 @@ def _encode_line(codec: Codec, where: str, texts: list[Rendered]) -> list[Encode
 class Rejects:
     """Bad lines under --on-error: the first one stops (fail), or each is counted and written to --rejects (skip)."""
 
-    def __init__(self, on_error: str, path: str | None):
-        self.skip, self.path, self.count = on_error == "skip", path, 0
+    def __init__(self, on_error: str, path: str | None, inputs: Sequence[str]):
+        self.skip, self.path, self.inputs, self.count = on_error == "skip", path, inputs, 0
         self.stack = ExitStack()
         self.out: IO[bytes] | None = None
 
     def __enter__(self) -> "Rejects":
         if self.path:
-            self.out = self.stack.enter_context(open_output(self.path))
+            self.out = self.stack.enter_context(open_output(self.path, self.inputs))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -36,7 +36,7 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
     network = load_trained(folder).to(engine.device)
     totals = Totals()
     text_bytes, text_nll = 0, 0.0
-    with applied(network, adapter), open_output(per_row) if per_row else console.live() as out:
+    with applied(network, adapter), open_output(per_row, [source]) if per_row else console.live() as out:
         for score in score_rows(network, rows, MICRO_BATCH_TOKENS, engine):
             totals.add(score)
             labels = score.row.labels[1:] if score.row.align == "next" else score.row.labels

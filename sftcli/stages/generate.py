@@ -73,6 +73,7 @@ class Summary:
     tokens: int = 0
     stopped: int = 0
     context_full: int = 0
+    no_room: int = 0  # prompts as long as the context: their completions are empty
 
 
 def complete(options: Generate, source: str, model: str, output: str | None, show_batch: bool = False) -> Summary:
@@ -108,7 +109,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
             return fill(network, prompts, options, cloze.marks.mask)
         return in_order(generate(network, prompts, options, stops, _text_stops(codec, texts)))
 
-    with open_output(output) as out, console.live() as line, engine.autocast():
+    with open_output(output, [source]) as out, console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
         for name, adapter in adapters:
             asking = deque(asked) if len(adapters) > 1 else asked
@@ -381,9 +382,14 @@ def _count(done: Completion, summary: Summary) -> None:
     summary.completions += 1
     summary.tokens += len(done.ids)
     summary.stopped += done.finish_reason == "stop"
-    if done.context_full and not summary.context_full:
-        console.note(f"generate: completion {summary.completions} filled the model's context and was ended there")
-    summary.context_full += done.context_full
+    if done.context_full and not done.ids:
+        summary.no_room += 1
+        if summary.no_room == 1:
+            console.warn(f"generate: the prompt of completion {summary.completions} fills the model's context")
+    elif done.context_full:
+        summary.context_full += 1
+        if summary.context_full == 1:
+            console.note(f"generate: completion {summary.completions} filled the model's context and was ended there")
 
 
 def _report(summary: Summary, cloze: Cloze | None) -> None:
@@ -394,6 +400,7 @@ def _report(summary: Summary, cloze: Cloze | None) -> None:
         console.note(f"generate: {summary.prompts:,} prompts, {summary.tokens:,} masks filled")
         return
     full = f", {summary.context_full:,} of them at the end of the context" if summary.context_full else ""
+    full += f", {summary.no_room:,} after prompts that fill the context" if summary.no_room else ""
     cut = summary.completions - summary.stopped
     console.note(
         f"generate: {summary.prompts:,} prompts, {summary.completions:,} completions of {summary.tokens:,} tokens; "

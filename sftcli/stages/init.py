@@ -15,11 +15,14 @@ from sftcli.text.tokenizer import Codec
 from sftcli.text.vocabulary import train_bpe, whitespace_tokenizer
 
 NAMES = {"config.json", "tokenizer.json", "chat_template.jinja"}
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def init(options: Init, output: str) -> None:
     """Write the folder: config.json, tokenizer.json, its configs and the chat template."""
     folder = make_folder(output, NAMES)
+    if weights := sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS)):
+        raise UsageError(f"{folder} holds a model's weights ({weights[0]}), which fit no new one", hint="another -o")
     template = load_template(options.template, options.template_text, options.columns, {})
     controls = control_tokens(template)
     masks = MASKED_LM_CONTROLS if options.preset == "bert" else {}

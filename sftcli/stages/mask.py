@@ -12,7 +12,7 @@ from itertools import islice
 import msgspec
 
 from sftcli import console, views
-from sftcli.artifacts import decode_json, json_line, line_fields, open_output, text_folder
+from sftcli.artifacts import decode_json, json_line, line_fields, open_output, refuse_to_replace, text_folder
 from sftcli.errors import DataError, UsageError
 from sftcli.indexedfile import indexed_lines, is_indexed, write_indexed
 from sftcli.recipe import BlankInfilling, Causal, Mask, MaskedLM
@@ -77,10 +77,11 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
     to_columns = output is not None and is_row_file(output)
     to_index = output is not None and is_indexed(output)
     with ExitStack() as stack:
-        out = None if to_columns or to_index else stack.enter_context(open_output(output))
-        rejects = stack.enter_context(Rejects("skip", options.rejects))
+        out = None if to_columns or to_index else stack.enter_context(open_output(output, [source]))
+        rejects = stack.enter_context(Rejects("skip", options.rejects, [source]))
         line = stack.enter_context(console.live())
         _refuse(options, to_columns, to_index)
+        refuse_to_replace([source], output or "-")
         codec = load_codec(text_folder(model)) if model else None
         read = _read(options, source, summary, out.flush if out else lambda: None)
         maker, read = _maker(options, codec, read)

@@ -43,10 +43,10 @@ class _Files:
         self.known = _recorded(folder, "files")
 
     def content(self, path: str | Path) -> str:
-        """A fingerprint of a file, or of all files in a folder; '' where there is nothing."""
+        """A fingerprint of a file, or of all in a folder but what `sft export` adds; '' where there is nothing."""
         path = Path(path)
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.is_file())
+            files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".gguf" and p.name != "Modelfile")
             return artifacts.fingerprint(*(f"{p.name} {self._of(p)}" for p in files))
         return self._of(path) if path.is_file() else ""
 
@@ -150,7 +150,7 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     from sftcli.stages.train import start
 
     unfinished = bool(checkpoints(folder)) and not stage.complete()  # killed anywhere before it was recorded
-    start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished)
+    start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished, overwrite=True)
     stage.done()
 
 

@@ -95,8 +95,8 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
         raise UsageError("no data", hint="sft tokenize FILE... -m MODEL, or - for standard input")
     summary = Summary()
     with (
-        open_output(output) as out,
-        Rejects(options.on_error, options.rejects) as rejects,
+        open_output(output, options.data) as out,
+        Rejects(options.on_error, options.rejects, options.data) as rejects,
         console.libraries_silenced(),
         console.live() as line,
     ):

@@ -60,8 +60,12 @@ NAMES |= {artifacts.RECIPE}
 ENDS_WITHIN = 25  # seconds after a signal
 
 
-def start(options: Train, source: Sequence[str], model: str, output: str, resumed: bool = False) -> None:
-    """Train in this process, or in `nproc` of their own."""
+def start(
+    options: Train, source: Sequence[str], model: str, output: str, resumed: bool = False, overwrite: bool = False
+) -> None:
+    """Train in this process, or in `nproc` of their own; in place of a finished run only where `overwrite`."""
+    if _is_finished(Path(output)) and not (resumed or overwrite):
+        raise UsageError(f"{output} holds a finished training run", hint="another -o; --overwrite trains in its place")
     if options.nproc == 1 or is_worker():
         train(options, source, model, output, resumed)
         return
@@ -70,7 +74,7 @@ def start(options: Train, source: Sequence[str], model: str, output: str, resume
     with NamedTemporaryFile("wb", suffix=".yaml") as recipe:
         recipe.write(json_line({"train": options.model_dump(mode="json")}))
         recipe.flush()
-        flags = ["--resume"] * resumed
+        flags = ["--resume"] * resumed + ["--overwrite"] * overwrite
         talk = [flag for flag, asked in (("-q", console.QUIET), ("--traceback", "--traceback" in sys.argv)) if asked]
         told = [*talk, "train", *source, "-m", model, "-o", output, "--recipe", recipe.name, *flags]
         launch(options.nproc, told, options.process_timeout)
@@ -106,11 +110,15 @@ def _train(
     return _finish(job, model)
 
 
+def _is_finished(run: Path) -> bool:
+    return (run / MODEL).is_dir() or (run / ADAPTER).is_dir()
+
+
 def _refuse(run: Path, folder: ModelFolder, resumed: bool) -> None:
     """Refuse output folders whose content would be lost."""
     if folder.path.resolve() == (run / MODEL).resolve():
         raise UsageError(f"{run} holds the model to start from, which its new one would replace", hint="another -o")
-    if not resumed and manifest.checkpoints(run) and not ((run / MODEL).is_dir() or (run / ADAPTER).is_dir()):
+    if not resumed and manifest.checkpoints(run) and not _is_finished(run):
         raise UsageError(
             f"{run} holds an unfinished training run", hint="--resume goes on with it; remove it to start over"
         )
@@ -235,7 +243,8 @@ def _interrupted(job: Job, saved: int, code: int) -> SftError:
     if step > saved:
         save_checkpoint(job, step)
     told = "a checkpoint is saved" if step else "nothing is lost"
-    return SftError(f"stopped after step {step} of {job.plan.steps}; {told}", code, hint="--resume goes on")
+    hint = "the same command with --resume goes on (`sft run` without it)"
+    return SftError(f"stopped after step {step} of {job.plan.steps}; {told}", code, hint)
 
 
 def _checkpoint_due(job: Job, step: int, epoch_ends: bool) -> bool:

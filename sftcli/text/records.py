@@ -164,6 +164,10 @@ def _messages(fields: Mapping[str, msgspec.Raw], name: str, where: str) -> Conve
             raise DataError(f"role {message.role[:64]!r} is not a name", where, f"$.{name}[{i}].role")
         if message.content is None and not message.tool_calls:  # templates would write None
             raise DataError("message without content or tool_calls", where, f"$.{name}[{i}].content")
+        for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if not isinstance(part.get("text"), str):  # templates would pass over an image in silence
+                kind = part.get("type", "without text")
+                raise DataError(f"a part that is no text ({kind})", where, f"$.{name}[{i}].content[{j}]")
         given.pop("train", None)
         given.pop("weight", None)
         for j, call in enumerate(message.tool_calls or ()):

@@ -1,0 +1,134 @@
+"""What a person has is not replaced, dropped or deleted by a command that was meant for something else."""
+
+import json
+import shutil
+
+import pytest
+from conftest import SAMPLES, chat, write_lines
+from model_fixtures import model_folder, write_turns
+
+from sftcli.errors import UsageError
+from sftcli.model.checkpoint import open_folder
+from sftcli.model.memory import estimate
+from sftcli.recipe import Train
+from sftcli.recipefile import apply_settings, parse
+
+
+@pytest.fixture(scope="module")
+def made(model_folders, tmp_path_factory):
+    """A folder with a file of each kind."""
+    folder = tmp_path_factory.mktemp("made")
+    model_folder(folder / "model", "llama")
+    shutil.copytree(model_folders["chatml"], folder / "base")
+    write_lines(folder / "data.jsonl", chat("q", "a"), b"nonsense\n")
+    write_lines(folder / "prompts.jsonl", {"prompt": "q"})
+    document = {"id": "d", "input_ids": [5, 6, 7], "segments": [[0, 3, "assistant", True, 1.0]]}
+    write_lines(folder / "tokens.jsonl", document | {"tokenizer": None, "template": None}, b"nonsense\n")
+    write_turns(folder / "model", folder / "rows.safetensors", [7, 9])
+    return folder
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tokenize prompts.jsonl data.jsonl -m base -o data.jsonl",
+        "tokenize data.jsonl -m base -o base/../data.jsonl",
+        "tokenize data.jsonl -m base --on-error skip -o new.jsonl --rejects data.jsonl",
+        "tokenize data.jsonl -m base --rejects data.jsonl",
+        "mask tokens.jsonl -o tokens.jsonl",
+        "mask tokens.jsonl -o new.jsonl --rejects tokens.jsonl",
+        "mask rows.safetensors -o rows.safetensors",
+        "generate prompts.jsonl -m model --max-new-tokens 1 -o prompts.jsonl",
+        "evaluate rows.safetensors -m model --per-row rows.safetensors",
+    ],
+)
+def test_an_output_that_is_an_input_is_refused(sft, made, monkeypatch, command):
+    monkeypatch.chdir(made)
+    before = content(made)
+    result = sft(*command.split())
+    assert result.code == 2 and "is an input, which this output would replace" in result.err, result.err
+    assert content(made) == before
+
+
+def test_devices_may_be_input_and_output(sft):
+    assert sft("mask", "/dev/null", "-o", "/dev/null").code == 0
+
+
+def test_init_does_not_write_over_a_model_with_weights(sft, made):
+    before = content(made)
+    result = sft("init", SAMPLES / "chats.jsonl", "-o", made / "model")
+    assert result.code == 2 and "holds a model's weights (model.safetensors)" in result.err
+    assert content(made) == before
+
+
+def test_a_finished_run_is_replaced_only_where_that_is_asked_for(sft, made, tmp_path):
+    command = [
+        "train",
+        made / "rows.safetensors",
+        "-m",
+        made / "model",
+        "-o",
+        tmp_path / "run",
+        "--set",
+        "sample_rows=0",
+    ]
+    assert sft(*command, "--max-steps", 1).code == 0
+    before = content(tmp_path / "run")
+    again = sft(*command, "--max-steps", 2)
+    assert again.code == 2 and "holds a finished training run; hint: another -o; --overwrite" in again.err
+    assert content(tmp_path / "run") == before
+    assert sft(*command, "--max-steps", 2, "--overwrite").code == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", None])
+def test_a_part_of_a_message_that_is_no_text_is_refused_by_its_path(sft, base, lines, kind):
+    parts = [{"type": "text", "text": "What is in it?"}, {"x": 1} | ({"type": kind} if kind else {})]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]}
+    result = sft("tokenize", lines(row), "-m", base)
+    assert (
+        result.code == 3
+        and f"a part that is no text ({kind or 'without text'}) at $.messages[0].content[1]" in result.err
+    )
+
+
+def test_a_prompt_as_long_as_the_context_is_told_apart_from_a_completion_that_fills_it(sft, made, lines):
+    prompts = lines({"prompt": "a"}, {"prompt": "word " * 200})
+    result = sft("generate", prompts, "-m", made / "model", "--max-new-tokens", 500)
+    assert [len(row["completion_ids"]) > 0 for row in result.rows] == [True, False]
+    assert result.err.count("the prompt of completion 2 fills the model's context") == 1
+    assert "1 after prompts that fill the context" in result.err
+
+
+@pytest.mark.parametrize(
+    "command", ["show rows.safetensors -n -1", "show tokens.jsonl -n -1", "mask tokens.jsonl --show -1"]
+)
+def test_fewer_than_no_rows_cannot_be_shown(sft, made, monkeypatch, command):
+    monkeypatch.chdir(made)
+    assert sft(*command.split()).code == 2
+
+
+def test_a_key_of_another_kind_is_told_with_that_kind():
+    with pytest.raises(UsageError, match="train.adapter.length: unknown key of this kind") as refused:
+        parse(Train, apply_settings({}, ["adapter.length=4"]), section="train")
+    assert refused.value.hint == "train.adapter.kind: prefix has it"
+
+
+def test_check_of_what_is_not_there_says_so(sft, tmp_path):
+    result = sft("check", tmp_path / "nowhere")
+    assert result.code == 2 and f"there is no {tmp_path / 'nowhere'}" in result.err
+
+
+def test_the_estimate_of_memory_knows_that_a_step_may_be_a_few_short_rows(made):
+    folder = open_folder(made / "model")
+
+    def bytes_of(**options):
+        return estimate(folder.config, Train(**options), 24, folder.family)
+
+    rows, tokens = bytes_of(batch_rows=4), bytes_of(batch_tokens=96)
+    assert rows == tokens and rows["activations_bytes"] < bytes_of()["activations_bytes"]
+    assert rows["logits_bytes"] == json.loads((made / "model" / "config.json").read_text())["vocab_size"] * 96 * 8
