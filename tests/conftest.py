@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,18 +143,17 @@ def sft_process():
 
 
 @pytest.fixture(scope="session")
-def warm_sft(tmp_path_factory):
+def warm_sft():
     """A folder with an `sft` for shells that starts at once (warm.py)."""
-    folder, program = tmp_path_factory.mktemp("bin"), str(ROOT / "tests" / "warm.py")
-    door = str(folder / "door")
-    executable = folder / "sft"
-    executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{program}" "{door}" run "$@"\n')
-    executable.chmod(0o755)
-    command = [sys.executable, program, door]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        assert server.stdout.readline() == b"ready\n"
-        yield folder
-        server.stdin.close()
+    with tempfile.TemporaryDirectory(prefix="sft-") as folder:  # a socket's path must be short
+        door, program, executable = f"{folder}/door", ROOT / "tests" / "warm.py", Path(folder, "sft")
+        executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{program}" "{door}" run "$@"\n')
+        executable.chmod(0o755)
+        command = [sys.executable, str(program), door]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            assert server.stdout.readline() == b"ready\n"
+            yield Path(folder)
+            server.stdin.close()
 
 
 def write_lines(path: Path, *rows: Any) -> Path:
