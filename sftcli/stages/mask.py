@@ -81,7 +81,8 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
         rejects = stack.enter_context(Rejects("skip", options.rejects, [source]))
         line = stack.enter_context(console.live())
         _refuse(options, to_columns, to_index)
-        refuse_to_replace([source], output or "-")
+        if out is None:
+            refuse_to_replace([source], str(output))
         codec = load_codec(text_folder(model)) if model else None
         read = _read(options, source, summary, out.flush if out else lambda: None)
         maker, read = _maker(options, codec, read)
