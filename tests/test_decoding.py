@@ -1,5 +1,6 @@
 """Batched decoding: the tables written by hand, the cache under rows that come and go, and equal outputs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fixtures import PRESETS, VOCABULARY, make_model, model_folder, model_of, random_ids, row_logits
 
+from sftcli.model import cache
 from sftcli.model.attention import Sight, attend
 from sftcli.model.cache import Table, padded, positions_of, prefill
 from sftcli.model.decoding import Completion, Prompt, generate, in_order
@@ -206,6 +208,23 @@ def test_logits_of_every_step_equal_a_forward_without_padding(model, side):
             new = random_ids(3, 50 + step)
             prompts = [[*prompt, token] for prompt, token in zip(prompts, new, strict=True)]
             logits = model.logits(model.hidden(torch.tensor(new), table.open_column(), table))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("side", SIDES)
+def test_products_for_several_rows_equal_the_attention_kernel(model, side, window, monkeypatch):
+    for block in model.blocks:
+        block.attention.sight = replace(block.attention.sight, window=window)
+    found = []
+    for several in (cache.SEVERAL, 99):
+        monkeypatch.setattr(cache, "SEVERAL", several)
+        table = Table(model.eval(), side)
+        with torch.no_grad():
+            prefill(model, table, [random_ids(length, length) for length in (3, 11, 6, 1, 9)])
+            steps = [model.hidden(torch.tensor(random_ids(5, t)), table.open_column(), table) for t in range(3)]
+        found.append(torch.stack(steps))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(*found)  # they are two ways
 
 
 def naive_generate(model, prompts, side, see_pads=False, raw_positions=False, last_column=False, steps=8):

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftcli.model.attention import Group, KeepingAttention, Sight, Tokens, attend, visible
+from sftcli.model.attention import Group, KeepingAttention, Sight, Tokens, attend, attend_few, visible
 from sftcli.model.batches import WORTH_SHARING, common_length
 from sftcli.model.gpt import GPT
 from sftcli.model.growth import Grown, tensors_of
 
 SPARE_COLUMNS = 64  # columns that the cache grows by, at least
+SEVERAL = 4  # rows of one query each, from which on products are faster than the attention kernel
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -184,15 +185,17 @@ class Table:
 
     def seen(self, window: int | None, cap: float | None) -> Tensor:
         """What the newest column sees: (B, 1, 1, P + K). A prefix, and every real column of its row within the window;
-        no pads. As what is added to scores (0, -inf), once for all layers, except where a cap comes between."""
+        no pads. Once for all layers; except where a cap comes between, as what is added to the scores of each of G key
+        heads, 0 or -inf: (B, G, 1, P + K)."""
         if window not in self._seen:
             mask = self.mask[:, : self.width]
             if window is not None:
                 index = positions_of(mask)  # of every column in its row
                 mask = mask & (index[:, -1:] - index < window)
             seen = F.pad(mask, (self._before, 0), value=True)[:, None, None]
-            added = torch.zeros(seen.shape, dtype=self._kept[0][0].dtype, device=seen.device)
-            self._seen[window] = seen if cap else added.masked_fill_(~seen, -torch.inf)
+            kept = self._kept[0][0]
+            added = kept.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+            self._seen[window] = seen if cap else added.repeat(1, kept.shape[1], 1, 1)
         return self._seen[window]
 
     def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -201,10 +204,14 @@ class Table:
         keys, values = self._kept[sight.layer]
         keys[:rows, :, end - 1] = k
         values[:rows, :, end - 1] = v
-        sight = sight if sight.prefix is None else replace(sight, prefix=None)  # it is among the columns
+        keys, values = keys[:rows, :, :end], values[:rows, :, :end]
         q = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, D): the heads that share a key head are its queries
         seen = self.seen(sight.window, sight.cap)
-        return attend(q, keys[:rows, :, :end], values[:rows, :, :end], seen, sight).flatten(1, 2)
+        plain = sight.cap is None and q.device.type == "cpu" and q.dtype == torch.float32
+        if plain and rows >= SEVERAL:
+            return attend_few(q, keys, values, seen, sight.scale).flatten(1, 2)
+        sight = sight if sight.prefix is None else replace(sight, prefix=None)  # it is among the columns
+        return attend(q, keys, values, seen, sight).flatten(1, 2)
 
 
 # ---- prompts that enter

@@ -2,7 +2,7 @@
 
 A weight is -127..127 times a scale for each of its outputs. What it meets is written in two digits,
 x = step * (128 * high + low), so to 14 bits of the largest number of its row: products of whole numbers are exact,
-however many rows there are, also on processors whose sums of two products have 16 bits (AVX2: 127 * 127 * 2 fit).
+however many rows there are, also on processors whose sums of two products have 16 bits (AVX2: 128 * 127 * 2 fit).
 FBGEMM multiplies them where torch has it, else oneDNN.
 """
 
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from sftcli.errors import UsageError
 from sftcli.model.adapters.lora import LoraLinear
 
-BASE, HALF = 128, 64  # of the two digits: high is one of -63..63, low of -64..63
+BASE, HALF = 128, 64  # of the two digits: high is one of -63..63, low of -64..64
 MOST = BASE * (HALF - 1) + HALF - 1  # that two digits can say
 LARGEST = 127  # of a weight
 MANY = 256  # rows of one product: bounds the memory of the digits
 LEAST = 1e-30  # of a step or scale: a row of zeros stays one
 FBGEMM = "linear_with_input_q_dq_qweight_dq_output_fp32"
 
-Products = Callable[[Tensor], Tensor]  # whole numbers in float32 (N, in) -> (N, out), each output times its scale
+Products = Callable[[Tensor], Tensor]  # of the nearest whole numbers (N, in) -> (N, out), each output times its scale
 
 
 class Int8Linear(nn.Module):
@@ -38,26 +38,24 @@ class Int8Linear(nn.Module):
         self.products = make(torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts]))
         biases = [layer.bias.data.float() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        # tensors: to make one of a number takes longer than to multiply with it. With the nudge x / BASE is never half
-        # way between two digits
-        self.share, self.nudge = torch.tensor(1 / MOST), torch.tensor(0.5 / BASE)
+        # tensors: to make one of a number takes longer than to multiply with it
+        self.least, self.shares = torch.tensor(LEAST), torch.tensor([BASE / MOST, 1 / MOST])[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
-        y = self._product(flat) if len(flat) <= MANY else torch.cat([self._product(part) for part in flat.split(MANY)])
+        few = flat.shape[0] <= MANY
+        y = self._product(flat) if few else torch.cat([self._product(part) for part in flat.split(MANY)])
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], y.shape[-1])
 
     def _product(self, x: Tensor) -> Tensor:
         """scale * W x (T, out) of x (T, in), digit by digit."""
-        count = len(x)
-        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp_(min=LEAST).mul_(self.share)
-        whole = torch.div(x, step).round_()
-        digits = x.new_empty(2 * count, x.shape[-1])
-        high, low = digits[:count], digits[count:]
-        torch.add(self.nudge, whole, alpha=1 / BASE, out=high).round_()
-        torch.add(whole, high, alpha=-BASE, out=low)
-        y = self.products(digits)  # (2T, out)
-        return torch.add(y[count:], y[:count], alpha=BASE).mul_(step)
+        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        steps = torch.addcmul(self.least, largest, self.shares)  # (2, T, 1), of a high digit and of a low one
+        digits = torch.div(x, steps)  # (2, T, in)
+        high, low = digits.unbind()
+        low.add_(high.round_(), alpha=-BASE)
+        of_high, of_low = self.products(digits.flatten(0, 1)).view(2, x.shape[0], -1).unbind()
+        return of_low.add_(of_high, alpha=BASE).mul_(steps[1])
 
     def joined(self, x: Tensor) -> tuple[Tensor, ...]:
         return torch.split_with_sizes(self(x), self.sizes, -1)
@@ -76,7 +74,7 @@ def weight_of(layer: nn.Linear) -> Tensor:
 
 def by_fbgemm(weight: Tensor, scale: Tensor) -> Products:
     """With a copy of the weight (out, in) in FBGEMM's order, the only one that is kept."""
-    multiply, engine = getattr(torch.ops.quantized, FBGEMM), torch.backends.quantized.engine
+    multiply, engine = getattr(torch.ops.quantized, FBGEMM).default, torch.backends.quantized.engine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch means to drop its quantized tensors; then there is the other way
         whole = torch._make_per_channel_quantized_tensor(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0)
@@ -90,7 +88,7 @@ def by_fbgemm(weight: Tensor, scale: Tensor) -> Products:
 
 def by_onednn(weight: Tensor, scale: Tensor) -> Products:
     """With the weight (out, in) as it is."""
-    return lambda digits: torch._int_mm(digits.to(torch.int8), weight.t()).float().mul_(scale)
+    return lambda digits: torch._int_mm(digits.round().to(torch.int8), weight.t()).float().mul_(scale)
 
 
 @cache
@@ -109,5 +107,5 @@ def _is_exact(make: Callable[[Tensor, Tensor], Products]) -> bool:
     return all(
         bool((make(sign * most, torch.ones(64))(torch.full((64, 64), digit)) == sign * 64 * LARGEST * digit).all())
         for sign in (1, -1)
-        for digit in (HALF - 1.0, -float(HALF))
+        for digit in (float(HALF), -float(HALF))
     )

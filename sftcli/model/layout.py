@@ -96,7 +96,7 @@ def by_half(weight: Tensor, bias: Tensor | None) -> Multiply | None:
     exact = math.isfinite(largest) and all(_is_half(part * scale) for part in weight.flatten().split(BLOCK))
     if not exact:
         return None
-    multiply, undo = getattr(torch.ops.quantized, HALF), torch.tensor(1 / scale)
+    multiply, undo = getattr(torch.ops.quantized, HALF).default, torch.tensor(1 / scale)
     narrows = len(weight) < weight.shape[1]  # the power of two is taken from the narrower side; it rounds nothing
     packed = torch.ops.quantized.linear_prepack_fp16(
         weight * scale, bias * scale if narrows and bias is not None else bias
