@@ -21,6 +21,7 @@ ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; 
 CHUNK = 1 << 20
 PIPE_BYTES = 1 << 20  # the most that Linux gives to everybody
 BYTE = re.compile(r" \(byte (\d+)\)$")  # how msgspec says where, from 0
+PARQUET, TABLES = b"PAR1", (".csv", ".tsv")
 CUT_OFF = "not JSON: Input data was truncated"
 LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves half-written and half-deleted
 
@@ -65,9 +66,11 @@ def line_fields(line: bytes, where: str, last: bool = False) -> dict[str, msgspe
     except UnicodeDecodeError as error:
         if last and error.end == len(line) and error.reason == "unexpected end of data":
             raise _cut_off(line, where) from None
-        raise DataError(f"not UTF-8: {error.reason}", where, byte=error.start + 1) from None
+        hint = _other_format(line, where)
+        raise DataError(f"not UTF-8: {error.reason}", where, hint=hint, byte=error.start + 1) from None
     except DataError as error:
-        raise _cut_off(line, where) if last and error.reason == CUT_OFF else error from None
+        error.hint = _other_format(line, where)
+        raise _cut_off(line, where) if last and error.reason == CUT_OFF and not error.hint else error from None
     if ERROR_FIELD in fields:
         told = decode_json(bytes(fields[ERROR_FIELD]), where)
         message = told.get("message", "") if isinstance(told, dict) else told
@@ -77,6 +80,22 @@ def line_fields(line: bytes, where: str, last: bool = False) -> dict[str, msgspe
     for name, raw in fields.items():
         _refuse_infinite(bytes(raw), where, name)
     return fields
+
+
+def _other_format(line: bytes, where: str) -> str | None:
+    """What to do with a file whose first line shows that it holds no JSON lines."""
+    path, _, number = where.rpartition(":")
+    if number != "1":
+        return None
+    start = line.strip()[:1]
+    if line.startswith(PARQUET) or path.endswith(TABLES):
+        read = "read_parquet" if line.startswith(PARQUET) else "read_csv"
+        return f"`pandas.{read}({path!r}).to_json('NEW.jsonl', orient='records', lines=True)` makes lines of it"
+    if start == b"[":
+        return f"a JSON array? `jq -c '.[]' {path}` writes its objects as lines"
+    if line.strip() == b"{":
+        return f"an object a line: `jq -c . {path}` writes them so"
+    return None if start == b"{" else f"an object a line; `jq -cR '{{text: .}}' {path}` makes one of each line of text"
 
 
 def _cut_off(line: bytes, where: str) -> DataError:
@@ -277,9 +296,22 @@ def json_line(value: Any) -> bytes:
     return msgspec.json.encode(value) + b"\n"
 
 
-def make_folder(path: str | Path, belongs: Iterable[str]) -> Path:
-    """Create an output folder, or accept one that is empty or already ours (it holds one of the names `belongs`)."""
+@contextmanager
+def output_folder(path: str | Path, belongs: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder that is made, or accepted if it is empty or already ours (it holds one of the names `belongs`). Whoever
+    fails before anything is in it leaves none behind."""
     folder = Path(path)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield _made_folder(folder, belongs)
+    except BaseException:
+        with suppress(OSError):  # until one is not empty
+            for place in made:
+                place.rmdir()
+        raise
+
+
+def _made_folder(folder: Path, belongs: Iterable[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(LEFTOVERS)}
@@ -291,11 +323,6 @@ def make_folder(path: str | Path, belongs: Iterable[str]) -> Path:
             hint="choose another -o, or empty that folder yourself",
         )
     return folder
-
-
-def new_folder(path: str) -> Path:
-    """A folder that is not there yet, or is empty: nothing in it can be lost."""
-    return make_folder(path, ())
 
 
 # ---- identity
@@ -339,6 +366,8 @@ def model_and_adapter(path: str) -> tuple[Path, Path | None]:
         return _base_of(adapter), adapter
     if Path(path, BASE, "config.json").is_file():
         return Path(path, BASE), None
+    if path.endswith(".gguf") and Path(path).is_file():
+        raise CheckpointError(f"{path} is no model folder yet", hint=f"`sft import {path} -o FOLDER` makes one of it")
     if not Path(path).exists():
         raise CheckpointError(
             f"no model at {path}", hint="a folder, a run, or org/name of the hub; `sft init DATA -o base` makes one"

@@ -20,6 +20,7 @@ from sftcli.flags import (
     MaskPositions,
     Model,
     ModelOrRecipe,
+    NewTemplate,
     NextSentence,
     ObjectiveSeed,
     Order,
@@ -38,6 +39,7 @@ from sftcli.flags import (
     options_of,
 )
 
+MODEL_HINT = "-m MODEL; `sft init DATA -o base` makes one from nothing"
 HELP = """Supervised fine-tuning as a pipeline of small, visible filters.
 
 \b
@@ -87,11 +89,11 @@ def init(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Add --template and its control tokens to this model instead.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="llama, gpt2 or bert.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE.")] = None,
-    template: Template = None,
+    preset: Annotated[str | None, typer.Option(help="llama (default), gpt2 or bert.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens of the byte-level BPE (1024).")] = None,
+    template: NewTemplate = None,
     template_text: TemplateText = None,
-    tokenizer: Annotated[str | None, typer.Option(help="bpe, or whitespace for tiny vocabularies.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bpe (default), or whitespace for tiny vocabularies.")] = None,
     columns: Columns = None,
     recipe: RecipeFile = None,
     settings: Set = [],  # noqa: B006
@@ -178,15 +180,19 @@ def mask(
     ] = 0,
     train_on: Annotated[
         str | None,
-        typer.Option(metavar="RULE", help="own, own-final, own-reasoning, last, all, after:IDS, between:IDS:IDS."),
+        typer.Option(
+            metavar="RULE", help="own (default), own-final, own-reasoning, last, all, after:IDS or between:A:B."
+        ),
     ] = None,
     roles: Annotated[str | None, typer.Option(metavar="A,B", help="Train these roles instead.")] = None,
-    no_match: Annotated[str | None, typer.Option(help="drop, error or train rows without the pattern.")] = None,
+    no_match: Annotated[
+        str | None, typer.Option(help="Rows without the pattern: drop (default), error or train.")
+    ] = None,
     eod_mask_loss: Annotated[int | None, typer.Option(metavar="ID", help="Do not train what follows this id.")] = None,
-    format: Annotated[str | None, typer.Option(help="rows, hf or neox (-o NAME.bin: its datasets).")] = None,
+    format: Annotated[str | None, typer.Option(help="rows (default), hf or neox (-o NAME.bin: its datasets).")] = None,
     seq_len: Annotated[int | None, typer.Option(metavar="N", help="Row length of --format neox.")] = None,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Rows may have N tokens.")] = None,
-    too_long: Annotated[str | None, typer.Option(help="drop, error, truncate-prompt or truncate.")] = None,
+    too_long: Annotated[str | None, typer.Option(help="drop (default), error, truncate-prompt or truncate.")] = None,
     drop_duplicates: Annotated[
         bool | None, typer.Option("--drop-duplicates", help="Drop and count rows that have come before.")
     ] = None,
@@ -237,18 +243,18 @@ def train(
     rows: WeightedRows = None,
     model: ModelOrRecipe = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="RUN", help="The run folder.")] = "run",
-    epochs: Annotated[float | None, typer.Option(help="Times through the data.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times through the data (3).")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Exactly this many steps instead.")] = None,
     lr: LearningRate = None,
     adapter: AdapterKind = None,
     prefix_length: Annotated[int | None, typer.Option(metavar="P", help="Positions of a prefix (10).")] = None,
     prefix_mlp: Annotated[int | None, typer.Option(metavar="M", help="Train it through an MLP this wide.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step ...")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step (8192) ...")] = None,
     batch_rows: Annotated[int | None, typer.Option(help="... or its rows.")] = None,
     eval_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Held-out rows.")] = None,
-    eval_share: Annotated[float | None, typer.Option(help="Hold out this share of the rows.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Processes on this machine; with CUDA, a GPU each (nccl).")] = None,
+    eval_share: Annotated[float | None, typer.Option(help="Hold out this share of the rows (0).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout (0).")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Processes on this machine (1); a GPU each with CUDA.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the finished run in -o.")] = False,
     recipe: RecipeFile = None,
@@ -271,7 +277,9 @@ def train(
         if not model:
             raise UsageError(f"{recipe} names no `model:`", hint="sft run RECIPE makes one by its `init:`; or -m MODEL")
     if not model:
-        raise UsageError("no model", hint="-m MODEL; `sft init DATA -o base` makes one from nothing")
+        raise UsageError("no model", hint=_begun_by(output) if resume else MODEL_HINT)
+    if batch_tokens and batch_rows:
+        raise UsageError("--batch-tokens and --batch-rows both say how large a step is", hint="give one of them")
     inner = {"adapter.kind": adapter, "adapter.mlp": prefix_mlp, "adapter.length": prefix_length, "optimizer.lr": lr}
     settings = [*(f"{key}={value}" for key, value in inner.items() if value is not None), *settings]
     options = options_of(
@@ -290,6 +298,19 @@ def train(
     start(options, rows or ["-"], model, output, resume, overwrite)
 
 
+def _begun_by(run: str) -> str:
+    """What --resume goes on from: the command that began a run."""
+    from shlex import join
+
+    from sftcli.artifacts import RUN, read_json
+
+    facts = read_json(Path(run, RUN)) if Path(run, RUN).is_file() else {}
+    command = facts.get("command")
+    if not isinstance(command, list) or not command:
+        return f"{run} holds no run; --resume stands beside the rows and the -m that a run was begun with"
+    return f"that run was begun with `{join(['sft', *map(str, command[1:])])}`; the same with --resume goes on"
+
+
 @app.command()
 def generate(
     prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="Raw JSONL, as for training; - .")] = "-",
@@ -299,13 +320,13 @@ def generate(
     batch_size: Annotated[int | None, typer.Option(help="Rows decoded side by side (32).")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens a row (256).")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 (default) is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k best.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the best that hold this mass.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop what is less likely than this share of the best.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k best (0: all).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the best that hold this mass (1: all).")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop what is below this share of the best (0).")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 (default) is off.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End a row at this text, too.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Completions a prompt.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the random streams, one a row.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Completions a prompt (1).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random streams, one a row (0).")] = None,
     pad_side: Annotated[str | None, typer.Option(help="left (default) or right.")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Byte-equal, slower.")] = None,
     quantize: Annotated[str | None, typer.Option(metavar="int8", help="Weights in a quarter of the memory.")] = None,
@@ -392,7 +413,8 @@ def run(
         raise UsageError("no recipe", hint="sft run recipes/quickstart.yaml")
     whole = load_recipe(recipe, list(settings))
     if dry_run:
-        print(dump_recipe(whole), end="", flush=True)
+        for line in dump_recipe(whole).splitlines():
+            console.note(line)
         sys.stdout.buffer.write(json_line(stage.dry_run(whole)))
         return
     results = stage.run(whole, output or str(Path("runs", Path(recipe).stem)))

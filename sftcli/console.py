@@ -107,9 +107,11 @@ class Live:
         """Show what is going on; `share` of the work that is done, where that is known, as a bar."""
         now = time.monotonic()
         if self.terminal and now - self.shown > 0.1:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            room = os.get_terminal_size(sys.stderr.fileno()).columns - 1
             bar = "" if share is None else progress_bar(share) + " "
-            line = (bar + safe(text))[: width - 1]
+            text = fitted(safe(text), room)
+            bar = bar if len(bar) + len(text) <= room else ""
+            line = bar + text
             colour = ("\x1b[36m", "\x1b[0m") if coloured() else ("", "")
             sys.stderr.write(f"\r\x1b[2K{colour[0]}{line[: len(bar)]}{colour[1]}{line[len(bar) :]}")
         elif not self.terminal and now - self.shown > self.every:
@@ -123,6 +125,15 @@ class Live:
         if self.terminal:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
+
+
+def fitted(text: str, room: int) -> str:
+    """A line of parts, two spaces between them, in so many columns: the second goes first, the rate and what is left of
+    the time stay longest."""
+    parts = text.split("  ")
+    while len("  ".join(parts)) > room and len(parts) > 2:
+        del parts[1]
+    return "  ".join(parts)[:room]
 
 
 def progress_bar(share: float, width: int = 20) -> str:

@@ -19,6 +19,9 @@ Columns = Annotated[
 Template = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="chatml, llama3, alpaca, plain or a Jinja file.")
 ]
+NewTemplate = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="chatml (default), llama3, alpaca, plain or a Jinja file.")
+]
 WeightedRows = Annotated[
     list[str] | None,
     typer.Argument(metavar="ROWS", help="From sft mask; - . FILE*0.3: 30% of its rows an epoch, FILE#500: 500."),
@@ -47,14 +50,14 @@ SpecialInContent = Annotated[
 Kind = Annotated[
     str | None, typer.Option("--objective", metavar="KIND", help="causal (default), glm or bert; its flags:")
 ]
-Level = Annotated[str | None, typer.Option(help="glm: token, sentence, document, or sft.")]
+Level = Annotated[str | None, typer.Option(help="glm: token (default), sentence, document, or sft.")]
 Spans = Annotated[str | None, typer.Option(metavar="A:B,...", help="glm: these blanks instead of drawn ones,")]
 Lengths = Annotated[str | None, typer.Option(metavar="N,...", help="glm: or blanks of these lengths")]
 Places = Annotated[str | None, typer.Option(metavar="N,...", help="glm: at these places,")]
 Order = Annotated[str | None, typer.Option(metavar="I,...", help="glm: filled in this order.")]
 MaskPositions = Annotated[str | None, typer.Option(metavar="N,...", help="bert: mask these instead of drawn tokens.")]
 NextSentence = Annotated[bool | None, typer.Option("--nsp/--no-nsp", help="bert: pairs of sentences (default).")]
-ObjectiveSeed = Annotated[int | None, typer.Option("--seed", help="Of what the objective draws.")]
+ObjectiveSeed = Annotated[int | None, typer.Option("--seed", help="Of what the objective draws (0).")]
 
 
 def objective_settings(kind: str | None, **options: Any) -> list[str]:

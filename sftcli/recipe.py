@@ -37,7 +37,10 @@ class Init(Options):
     @model_validator(mode="after")
     def shape_fits(self) -> "Init":
         if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} must be heads {self.heads} times an even number")
+            fits = [heads for heads in range(1, self.width) if self.width % (2 * heads) == 0]
+            near = min(fits, key=lambda heads: abs(heads - self.heads), default=None)
+            told = f" (heads={near} fits it)" if near else ""
+            raise ValueError(f"width {self.width} must be heads {self.heads} times an even number{told}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.preset != "llama" and self.kv_heads not in (None, self.heads):

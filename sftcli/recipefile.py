@@ -1,6 +1,7 @@
 """Recipes as files: YAML and `--set a.b=c` -> typed sections, and what is wrong with them in one line."""
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -99,6 +100,13 @@ def _explained(error: ValidationError, kind: type[Options], section: str, source
         near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.6)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
         return UsageError(f"{start}{path}: unknown key", hint=hint)
+    if first["type"] in ("literal_error", "union_tag_invalid"):
+        context: dict[str, Any] = first["ctx"]
+        names = re.findall("'([^']*)'", context.get("expected") or context["expected_tags"])
+        given, place = (context["tag"], ".kind") if "tag" in context else (first["input"], "")
+        near = difflib.get_close_matches(str(given), names, 1, 0.6)
+        told = f"{start}{path}{place}: {given!r} is not one of {', '.join(names)}"
+        return UsageError(told, hint=f"did you mean {near[0]}?" if near else None)
     reason = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
     return UsageError(f"{start}{path + ': ' if path else ''}{reason[0].lower() + reason[1:]}{given}")

@@ -176,10 +176,13 @@ class RowFile:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[begin:]
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
-        self.columns = {name: self._view(data, name, said) for name, said in columns.items()}
-        missing = {"input_ids", "labels", "offsets", "id", "align"} - set(self.columns)
+        missing = {"input_ids", "labels", "offsets", "id", "align"} - set(columns)
         if missing or metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} holds no rows (missing {', '.join(sorted(missing)) or 'format'})")
+            told = f"{path} holds no rows (missing {', '.join(sorted(missing)) or 'format'})"
+            raise CheckpointError(
+                told, hint="`sft mask -o FILE.safetensors` writes rows; these may be a model's weights"
+            )
+        self.columns = {name: self._view(data, name, said) for name, said in columns.items()}
         self.offsets = self.columns["offsets"]
         self._check_sizes()
 

@@ -54,6 +54,15 @@ def test_an_output_that_is_an_input_is_refused(sft, made, monkeypatch, command):
     assert content(made) == before
 
 
+@pytest.mark.parametrize("command", ["tokenize data.jsonl -m base", "mask tokens.jsonl"])
+def test_one_file_for_output_and_rejects_is_refused(sft, made, monkeypatch, command):
+    monkeypatch.chdir(made)
+    before = content(made)
+    result = sft(*command.split(), "-o", "new.jsonl", "--rejects", "base/../new.jsonl")
+    assert result.code == 2 and "both the output and the rejects" in result.err, result.err
+    assert content(made) == before
+
+
 def test_devices_may_be_input_and_output(sft):
     assert sft("mask", "/dev/null", "-o", "/dev/null").code == 0
 
@@ -132,3 +141,58 @@ def test_the_estimate_of_memory_knows_that_a_step_may_be_a_few_short_rows(made):
     rows, tokens = bytes_of(batch_rows=4), bytes_of(batch_tokens=96)
     assert rows == tokens and rows["activations_bytes"] < bytes_of()["activations_bytes"]
     assert rows["logits_bytes"] == json.loads((made / "model" / "config.json").read_text())["vocab_size"] * 96 * 8
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train nosuch.safetensors -m model -o new/deep/run",
+        "train rows.safetensors -m model -o new/run --set batch_rows=2 --set device=nosuch",
+        "init nosuch.jsonl -o new/base",
+        "merge model -o new/merged",
+        "run nosuch.yaml -o new/run",
+        "run nodata.yaml -o new/run",
+    ],
+)
+def test_whoever_is_refused_leaves_no_empty_folder(sft, made, monkeypatch, command):
+    monkeypatch.chdir(made)
+    (made / "nodata.yaml").write_text("model: model\ntokenize: {data: nosuch.jsonl}\n")
+    result = sft(*command.split())
+    assert result.code in (2, 5), result.err
+    assert not (made / "new").exists()
+
+
+def test_a_folder_that_was_there_stays_when_a_run_is_refused(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    (made / "empty").mkdir()
+    assert sft("train", "nosuch.safetensors", "-m", "model", "-o", "empty/run").code == 2
+    assert list((made / "empty").iterdir()) == []
+
+
+def test_a_finished_run_that_is_resumed_says_so(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    command = ["train", "rows.safetensors", "-m", "model", "-o", "done", "--max-steps", 2, "--set", "sample_rows=0"]
+    monkeypatch.setattr("sys.argv", ["/bin/sft", *map(str, command)])
+    before = sft(*command).err
+    after = sft(*command, "--resume").err
+    assert "all 2 steps are done" in after and "tokens/s" not in after
+    assert before.split("sha256")[1] == after.split("sha256")[1]
+    told = sft("train", "--resume", "-o", "done")
+    assert told.code == 2 and "begun with `sft train rows.safetensors -m model" in told.err
+
+
+@pytest.mark.parametrize(
+    "recipe, told",
+    [
+        ("generate: {prompts: nosuch.jsonl}", "there is no nosuch.jsonl"),
+        ("train: {eval_data: nosuch.jsonl}", "there is no nosuch.jsonl"),
+        ("generate: {prompts: prompts.jsonl}\nevaluate: {}", "prompts.jsonl:1: `evaluate` compares with answers"),
+        ("generate: {}\nevaluate: {}", "`evaluate` needs prompts"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused_before_it(sft, made, monkeypatch, recipe, told):
+    monkeypatch.chdir(made)
+    (made / "r.yaml").write_text("model: model\ntokenize: {data: data.jsonl}\n" + recipe + "\n")
+    result = sft("run", "r.yaml", "-o", "new")
+    assert result.code == 2 and told in result.err, result.err
+    assert not (made / "new").exists()

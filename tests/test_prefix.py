@@ -483,7 +483,7 @@ def test_context_is_shorter_by_the_prefix(base, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "told"),
-    [(["adapter=prefixes"], "adapter.kind|expected tags"), (["adapter=prefix", "adapter.rank=4"], "adapter.rank: unknown"),
+    [(["adapter=prefixes"], "adapter.kind: 'prefixes' is not one of lora, prefix, prompt"), (["adapter=prefix", "adapter.rank=4"], "adapter.rank: unknown"),
      (["adapter.length=4"], "adapter.length: unknown"), (["adapter=prefix", "adapter.length=0"], "adapter.length: input"),
      (["adapter=prefix", "adapter.lenght=4"], "adapter.lenght: unknown key")],
 )  # fmt: skip

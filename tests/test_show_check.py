@@ -149,6 +149,14 @@ def test_show_of_metrics_is_a_table_of_the_first_and_the_last_step(sft, lines):
     assert len(rows) <= 21
 
 
+def test_a_table_of_metrics_fits_a_screen_of_eighty_columns(sft, lines):
+    rate = {"tokens_per_second": 123456.7, "grad_norm": 0.123456, "accuracy": 0.98765, "lr": 1.234567e-5}
+    steps = [{"step": i, "epoch": i / 3000, "loss": 5.43219, "eval_loss": 5.43219, **rate} for i in range(1, 99)]
+    told = sft("show", lines(*steps)).out.decode().splitlines()
+    assert max(map(len, told)) < 80 and "123,457" in told[1]
+    assert len({len(line) for line in told}) == 1
+
+
 def test_show_of_a_model_folder_names_its_parts(sft, base):
     out = sft("show", base).out.decode()
     for part in (
@@ -269,6 +277,13 @@ def test_check_finds_prompts_that_do_not_begin_their_training_text(sft, base, li
     result = sft("check", data, "-m", base)
     assert (result.code, marks(result)["prompt is prefix"]) == (3, "FAIL")
     assert f"1 rows where it is not, first {data}:1" in result.out.decode()
+
+
+def test_check_of_prompts_and_of_nothing_makes_no_claims(sft, base, lines):
+    prompts = sft("check", lines({"prompt": "q"}), "-m", base)
+    assert prompts.code == 0 and "note  stop token" in prompts.out.decode()
+    nothing = sft("check", lines(b"nonsense"), "-m", base)
+    assert nothing.code == 3 and " ok  " not in nothing.out.decode()
 
 
 def test_check_without_model_or_rows(sft, base, lines):

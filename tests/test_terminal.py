@@ -144,3 +144,14 @@ def test_metrics_and_other_lines_are_shown_safely(sft, tmp_path, flag):
     rows = [{"step": 1, "loss": payload, "lr": payload, flag: payload} for payload in PAYLOADS]
     shown = sft("show", write_lines(tmp_path / "metrics.jsonl", *rows))
     assert not harmful(shown.out.decode() + shown.err)
+
+
+# ---- the live line
+
+
+def test_a_live_line_that_is_too_long_keeps_its_rate_and_the_time_left():
+    text = "train 1200/12000  epoch 1.2  loss 2.345  eval 2.345  12,345 tokens/s  10:02:03 left"
+    assert console.fitted(text, 90) == text
+    assert console.fitted(text, 79) == text.replace("epoch 1.2  ", "")
+    assert console.fitted(text, 50) == "train 1200/12000  12,345 tokens/s  10:02:03 left"
+    assert console.fitted(text, 10) == "train 1200"

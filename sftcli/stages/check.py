@@ -23,6 +23,7 @@ class Findings:
     """What was seen in the rows; the first place of each trouble."""
 
     rows: int = 0
+    read: int = 0
     turns: int = 0
     longest: int = 0
     longest_at: str = ""
@@ -87,6 +88,7 @@ def _examine_batch(
         if isinstance(result, DataError):
             found.refused.append(str(result))
             continue
+        found.read += 1
         *documents, (prompt, _) = result
         for ids, segments in documents:
             if len(ids) > found.longest:
@@ -114,16 +116,19 @@ def _judge(
     results: list[tuple[bool | None, str, str]] = []
     refused = f"{len(found.refused):,} refused, first: {found.refused[0]}" if found.refused else "every row was read"
     results.append((not found.refused and found.rows > 0, "rows", f"{found.rows:,} rows; {refused}"))
+    if not found.read:
+        results.append((None, "the rest", "no row to look at"))
+        return results
     results.append(_judge_bos(found))
     stops = {token: n for token, n in found.ends.items() if token in codec.special_ids}
     named = ", ".join(f"{codec.token_text(token)} {n:,} times" for token, n in stops.items())
     trained = bool(stops) and sum(stops.values()) > 0
-    told = (
-        f"trained: {named}, in {found.turns:,} turns"
-        if trained
-        else "no turn of the model ends with a trained stop token"
-    )
-    results.append((trained, "stop token", told))
+    if not found.turns:
+        results.append((None, "stop token", "no turn of the model: these rows are prompts, which train nothing"))
+    elif trained:
+        results.append((True, "stop token", f"trained: {named}, in {found.turns:,} turns"))
+    else:
+        results.append((False, "stop token", "no turn of the model ends with a trained stop token"))
     text = f"highest id {found.top_id}, vocabulary {vocabulary}"
     results.append((found.top_id < vocabulary, "ids", text))
     text = f"longest row {found.longest:,} tokens ({found.longest_at}), context {context or 'unknown'}"

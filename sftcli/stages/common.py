@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from os.path import exists, isfile, realpath
 from typing import IO
 
 import msgspec
@@ -120,7 +121,9 @@ def _encode_line(codec: Codec, where: str, texts: list[Rendered]) -> list[Encode
 class Rejects:
     """Bad lines under --on-error: the first one stops (fail), or each is counted and written to --rejects (skip)."""
 
-    def __init__(self, on_error: str, path: str | None, inputs: Sequence[str]):
+    def __init__(self, on_error: str, path: str | None, inputs: Sequence[str], output: str | None):
+        if path and output and realpath(path) == realpath(output) and (isfile(path) or not exists(path)):
+            raise UsageError(f"{path} is to take both the output and the rejects", hint="give each a file of its own")
         self.skip, self.path, self.inputs, self.count = on_error == "skip", path, inputs, 0
         self.stack = ExitStack()
         self.out: IO[bytes] | None = None

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sftcli import artifacts, console
-from sftcli.artifacts import json_line, new_folder, read_json
+from sftcli.artifacts import json_line, output_folder, read_json
 from sftcli.model.checkpoint import load_trained, open_folder, save_model
 from sftcli.model.gpt import GPT
 from sftcli.recipe import Init
@@ -26,20 +26,20 @@ def extend(base: str, options: Init, output: str) -> None:
     template = _template(folder.path, options, codec)
     new = missing_controls(template, codec)
     new += [token for token in dict.fromkeys(options.controls) if token not in codec.added and token not in new]
-    target = new_folder(output)
-    definition = _with_tokens(codec, new)
-    wider = Codec(definition, "the new tokenizer", codec.specials)
-    network = load_trained(folder)
-    _fill_rows(network, [wider.added[token] for token in new], codec.size)
-    folder.json["vocab_size"] = network.config.vocab_size
-    end = None if template.source == folder_template(folder.path) else control_tokens(template).get("eos")
-    stops = [wider.added[end]] if end in wider.added else []
-    stops += [stop for stop in stop_ids(folder.path) if stop not in stops]
-    extra = {"tokenizer.json": definition}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if end and (folder.path / name).is_file():
-            extra[name] = json_line(read_json(folder.path / name) | {"eos_token": end})
-    save_model(network, folder, target, stops, template.source, None, extra=extra)
+    with output_folder(output) as target:
+        definition = _with_tokens(codec, new)
+        wider = Codec(definition, "the new tokenizer", codec.specials)
+        network = load_trained(folder)
+        _fill_rows(network, [wider.added[token] for token in new], codec.size)
+        folder.json["vocab_size"] = network.config.vocab_size
+        end = None if template.source == folder_template(folder.path) else control_tokens(template).get("eos")
+        stops = [wider.added[end]] if end in wider.added else []
+        stops += [stop for stop in stop_ids(folder.path) if stop not in stops]
+        extra = {"tokenizer.json": definition}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if end and (folder.path / name).is_file():
+                extra[name] = json_line(read_json(folder.path / name) | {"eos_token": end})
+        save_model(network, folder, target, stops, template.source, None, extra=extra)
     told = "all its control tokens were there"
     if new:
         names, size = ", ".join(new), network.config.vocab_size

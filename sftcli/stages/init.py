@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from sftcli import console
-from sftcli.artifacts import make_folder, write_json
+from sftcli.artifacts import output_folder, write_json
 from sftcli.errors import DataError, UsageError
 from sftcli.fieldtypes import MASKED_LM_CONTROLS
 from sftcli.recipe import Init
@@ -20,34 +20,39 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 def init(options: Init, output: str) -> None:
     """Write the folder: config.json, tokenizer.json, its configs and the chat template."""
-    folder = make_folder(output, NAMES)
-    if weights := sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS)):
-        raise UsageError(f"{folder} holds a model's weights ({weights[0]}), which fit no new one", hint="another -o")
-    template = load_template(options.template, options.template_text, options.columns, {})
-    controls = control_tokens(template)
-    masks = MASKED_LM_CONTROLS if options.preset == "bert" else {}
-    added = [*controls["controls"], *options.controls, *masks.values()]
-    controls = controls | masks | {"controls": list(dict.fromkeys(added))}
-    specials = {f"{name}_token": controls[name] for name in ("bos", "eos", "pad", *masks) if controls.get(name)}
-    template = Template(template.source, template.name, specials)
-    texts = _texts(options, template, controls["controls"])
-    if options.tokenizer == "whitespace":
-        definition = whitespace_tokenizer(controls["controls"], (word for text in texts for word in text.split()))
-    else:
-        definition = train_bpe(texts, options.vocab_size, controls["controls"])
-    codec = Codec(definition, "the new tokenizer", specials)
-    config = huggingface_config(options, codec, specials)
-    (folder / "tokenizer.json").write_bytes(definition)
-    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(options, specials))
-    write_json(folder / "special_tokens_map.json", specials)
-    write_json(folder / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
-    write_json(folder / "config.json", config)
+    with output_folder(output, NAMES) as folder:
+        if weights := sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS)):
+            told = f"{folder} holds a model's weights ({weights[0]}), which fit no new one"
+            raise UsageError(told, hint="another -o")
+        template = load_template(options.template, options.template_text, options.columns, {})
+        controls = control_tokens(template)
+        masks = MASKED_LM_CONTROLS if options.preset == "bert" else {}
+        added = [*controls["controls"], *options.controls, *masks.values()]
+        controls = controls | masks | {"controls": list(dict.fromkeys(added))}
+        specials = {f"{name}_token": controls[name] for name in ("bos", "eos", "pad", *masks) if controls.get(name)}
+        template = Template(template.source, template.name, specials)
+        definition = _tokenizer(options, template, controls["controls"])
+        codec = Codec(definition, "the new tokenizer", specials)
+        config = huggingface_config(options, codec, specials)
+        (folder / "tokenizer.json").write_bytes(definition)
+        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", _tokenizer_config(options, specials))
+        write_json(folder / "special_tokens_map.json", specials)
+        write_json(folder / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
+        write_json(folder / "config.json", config)
     console.note(
         f"init: {output}: {options.preset}, {parameters(options, codec.size):,} parameters, {options.layers} layers of "
         f"width {options.width}, context {options.context}; tokenizer of {codec.size:,} tokens, "
         f"template {template.name}; no weights yet: `sft train` draws them from --seed"
     )
+
+
+def _tokenizer(options: Init, template: Template, controls: list[str]) -> bytes:
+    """tokenizer.json, learned from the data."""
+    texts = _texts(options, template, controls)
+    if options.tokenizer == "whitespace":
+        return whitespace_tokenizer(controls, (word for text in texts for word in text.split()))
+    return train_bpe(texts, options.vocab_size, controls)
 
 
 def _texts(options: Init, template: Template, controls: list[str]) -> Iterator[str]:

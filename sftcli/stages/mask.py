@@ -78,7 +78,7 @@ def mask(options: Mask, source: str, output: str | None, show: int = 0, model: s
     to_index = output is not None and is_indexed(output)
     with ExitStack() as stack:
         out = None if to_columns or to_index else stack.enter_context(open_output(output, [source]))
-        rejects = stack.enter_context(Rejects("skip", options.rejects, [source]))
+        rejects = stack.enter_context(Rejects("skip", options.rejects, [source], output))
         line = stack.enter_context(console.live())
         _refuse(options, to_columns, to_index)
         if out is None:

@@ -24,15 +24,15 @@ def merge(
     found = open_adapter(str(place), folder)
     if not isinstance(found, LoraAdapter):
         raise UsageError(f"{adapter} is a prefix, which no weights can hold", hint=f"-m BASE --adapter {adapter}")
-    target = artifacts.new_folder(output)
-    if trained_on_another(found, folder):
-        console.warn(f"merge: {adapter} was trained on another model than {base}")
-    network = load_trained(folder)
-    apply(network, found)
-    merge_updates(network)
-    if network.config.tied != folder.config.tied:  # embedding and head were trained apart
-        folder.json["tie_word_embeddings"] = network.config.tied
-    kind = DTYPES[dtype] if dtype else None
-    save_model(network, folder, target, stop_ids(place), folder_template(place), kind, shard_size)
+    with artifacts.output_folder(output) as target:
+        if trained_on_another(found, folder):
+            console.warn(f"merge: {adapter} was trained on another model than {base}")
+        network = load_trained(folder)
+        apply(network, found)
+        merge_updates(network)
+        if network.config.tied != folder.config.tied:  # embedding and head were trained apart
+            folder.json["tie_word_embeddings"] = network.config.tied
+        kind = DTYPES[dtype] if dtype else None
+        save_model(network, folder, target, stop_ids(place), folder_template(place), kind, shard_size)
     held = str(kind or folder.dtype).removeprefix("torch.")
     console.note(f"merge: {base} and {place}, {len(found.sites)} layers changed, in {held}; wrote {output}")

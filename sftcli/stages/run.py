@@ -9,9 +9,10 @@ from typing import Any
 
 from sftcli import __version__, artifacts, console
 from sftcli.artifacts import ADAPTER, BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
-from sftcli.errors import UsageError
+from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Recipe
 from sftcli.recipefile import dump_recipe
+from sftcli.text.records import read_record, renamed
 
 NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL, ADAPTER}
 SHOWN_ANSWERS = 3
@@ -21,19 +22,52 @@ SHOWN_CHARACTERS = 120
 def run(recipe: Recipe, output: str) -> dict[str, Any]:
     """Run every stage of the recipe into a run folder; returns the evaluation (empty if there is none)."""
     begin = time.monotonic()
-    folder = artifacts.make_folder(output, NAMES)
-    artifacts.remove_leftovers(folder)
-    with artifacts.atomic_file(folder / RECIPE) as file:
-        file.write(dump_recipe(recipe).encode())
-    model = _base(recipe, folder)
-    _data(recipe, folder, model)
-    _train(recipe, folder, model)
-    if recipe.generate and recipe.generate.prompts:
-        _generate(recipe, folder)
-    results = _evaluate(recipe, folder) if recipe.evaluate else {}
+    _refuse(recipe)
+    with artifacts.output_folder(output, NAMES) as folder:
+        artifacts.remove_leftovers(folder)
+        with artifacts.atomic_file(folder / RECIPE) as file:
+            file.write(dump_recipe(recipe).encode())
+        model = _base(recipe, folder)
+        _data(recipe, folder, model)
+        _train(recipe, folder, model)
+        if recipe.generate and recipe.generate.prompts:
+            _generate(recipe, folder)
+        results = _evaluate(recipe, folder) if recipe.evaluate else {}
     console.note(f"run: done in {console.clock(time.monotonic() - begin)}; everything is in {folder}")
     console.note(f"run: look at it with `sft show {folder}`, use it with `sft generate PROMPTS -m {folder}`")
     return results
+
+
+def _refuse(recipe: Recipe) -> None:
+    """Raise what can be known before anything is done, so that no training ends with it."""
+    if not recipe.model and not recipe.init:
+        raise UsageError("the recipe names no model", hint="`model: DIR`, or an `init:` section")
+    if not recipe.tokenize.data:
+        raise UsageError("the recipe names no data", hint="`tokenize: {data: FILE}`")
+    if recipe.model:
+        artifacts.model_folder(recipe.model)
+    asked = recipe.generate.prompts if recipe.generate else None
+    named = [*(recipe.init.data if recipe.init else ()), *recipe.tokenize.data, recipe.train.eval_data, asked]
+    for path in named:
+        if path and path != "-" and not Path(path).exists():
+            raise UsageError(f"there is no {path}", hint="paths in a recipe start where `sft run` is called")
+    if recipe.evaluate and recipe.generate and not asked:
+        raise UsageError("`evaluate` needs prompts", hint="`generate: {prompts: FILE}`")
+    if recipe.evaluate and recipe.generate and asked and asked != "-":
+        _refuse_without_reference(asked, recipe.generate.columns)
+
+
+def _refuse_without_reference(prompts: str, columns: dict[str, str]) -> None:
+    """The first prompt must hold an answer that completions can be compared with."""
+    for where, _, fields in artifacts.read_objects(prompts):
+        try:
+            messages = read_record(renamed(fields, columns, where), where, 1).messages
+        except DataError:  # columns that only a template knows
+            return
+        if not messages or messages[-1]["role"] != "assistant":
+            hint = "a completion, or a last message of the assistant; or a recipe without `evaluate`"
+            raise UsageError(f"{where}: `evaluate` compares with answers, and this prompt has none", hint=hint)
+        return
 
 
 class _Files:
@@ -104,10 +138,9 @@ def _base(recipe: Recipe, folder: Path) -> str:
     """The model to start from: the recipe's, or one that `init` makes in base/."""
     if recipe.model:
         return recipe.model
-    if not recipe.init:
-        raise UsageError("the recipe names no model", hint="`model: DIR`, or an `init:` section")
     from sftcli.stages.init import init
 
+    assert recipe.init
     options = recipe.init
     stage = _Stage(folder, "init", _settings(options), [*options.data, *_files(options.template)], [BASE])
     if not stage.unchanged():
@@ -122,8 +155,6 @@ def _data(recipe: Recipe, folder: Path, model: str) -> None:
     from sftcli.stages.tokenize import tokenize
 
     options = recipe.tokenize
-    if not options.data:
-        raise UsageError("the recipe names no data", hint="`tokenize: {data: FILE}`")
     text_files = [
         artifacts.model_folder(model) / name
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -218,6 +249,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     from sftcli.rowfile import RowFile
     from sftcli.stages.training_job import with_base_dtype
 
+    _refuse(recipe)
     with tempfile.TemporaryDirectory(prefix="sft-dry-run-") as temporary:
         folder = Path(temporary)
         model = _base(recipe, folder)
@@ -227,10 +259,15 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         trained, _ = split(len(rows), recipe.train.eval_share, recipe.train.seed)
         parts = parts_of(rows, trained, [(Input(ROWS), len(rows))], recipe.train.mix)
         opened = open_folder(artifacts.model_folder(model))
-    return {
+    found = {
         "rows": len(lengths),
         "tokens": sum(lengths),
         "longest_row": max(lengths),
         "steps": steps_in_run([lengths[i] for i in trained], recipe.train, parts),
         **estimate(opened.config, with_base_dtype(recipe.train, opened), max(lengths), opened.family),
     }
+    console.note(
+        f"run: {found['rows']:,} rows of {found['tokens']:,} tokens make {found['steps']:,} steps, in about "
+        f"{found['memory_bytes'] / 1e9:,.2g} GB of memory; nothing was trained"
+    )
+    return {"recipe": recipe.model_dump(mode="json", exclude_none=True), **found}

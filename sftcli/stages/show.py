@@ -34,7 +34,7 @@ def show(path: str, count: int, model: str | None) -> None:
             views.show_row(row, _names(codec, row.tokenizer), stderr=False)
         return
     if path.endswith((".gguf", ".json")):
-        raise UsageError(f"{path} is no artifact of the pipeline", hint="rows, JSON lines, or a run folder")
+        raise UsageError(f"{path} is no artifact of the pipeline", hint="rows, JSON lines, or a model or run folder")
     lines = read_objects(path)
     first = next(lines, None)
     if first is None:
@@ -105,13 +105,23 @@ def _show_metrics(steps: list[tuple[str, Fields]]) -> None:
     names = ("step", "epoch", "loss", "eval_loss", "accuracy", "lr", "grad_norm", "tokens_per_second")
     spaced = {round(i * (len(steps) - 1) / max(METRIC_LINES - 1, 1)) for i in range(METRIC_LINES)}
     evaluated = {i for i, (_, fields) in enumerate(steps) if "eval_loss" in fields}
+    shown = sorted(spaced | (evaluated if len(evaluated) <= METRIC_LINES else set()))
+    told = [name for name in names if any(name in steps[i][1] for i in shown)]
+    lines = [[name.replace("tokens_per_second", "tokens/s") for name in told]]
+    for where, fields in (steps[i] for i in shown):
+        values = [decode_json(bytes(fields[name]), where) if name in fields else "" for name in told]
+        lines.append([_number(value) for value in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     screen = console.console(stderr=False)
-    screen.print(console.styled([("".join(f"{name:>18}" for name in names), "bold")]))
-    for i in sorted(spaced | (evaluated if len(evaluated) <= METRIC_LINES else set())):
-        where, fields = steps[i]
-        values = [decode_json(bytes(fields[name]), where) if name in fields else "" for name in names]
-        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-        screen.print(console.styled([("".join(f"{cell:>18}" for cell in cells), "")]))
+    for number, cells in enumerate(lines):
+        text = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        screen.print(console.styled([(text, "" if number else "bold")]))
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+    return str(value)
 
 
 def _adapter_parts(folder: Path) -> list[tuple[str, str]]:

@@ -96,7 +96,7 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
     summary = Summary()
     with (
         open_output(output, options.data) as out,
-        Rejects(options.on_error, options.rejects, options.data) as rejects,
+        Rejects(options.on_error, options.rejects, options.data, output) as rejects,
         console.libraries_silenced(),
         console.live() as line,
     ):

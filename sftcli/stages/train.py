@@ -91,9 +91,21 @@ def _train(
     options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool, world: World
 ) -> Outcome:
     folder = open_folder(artifacts.model_folder(model))
+    with artifacts.output_folder(output, NAMES) as run:
+        _refuse(run, folder, resumed)
+        job, where, done = _begun(options, source, folder, run, resumed, world)
+        _announce(job, where, done)
+        if not has_enough(job):  # else early stopping had ended the run that is resumed
+            _fit(job, done)
+            _loop(job, done)
+        return _finish(job, model)
+
+
+def _begun(
+    options: Train, source: str | Sequence[str], folder: ModelFolder, run: Path, resumed: bool, world: World
+) -> tuple[Job, str, int]:
+    """The job, where its rows are from, and how many steps of it are done."""
     codec = load_codec(folder.path)
-    run = artifacts.make_folder(output, NAMES)
-    _refuse(run, folder, resumed)
     world.meet()  # all have looked at the run, which the first now changes
     if world.first:
         for place in (run, run / artifacts.CHECKPOINTS):
@@ -103,11 +115,7 @@ def _train(
         check_tokenizer(rows[0].tokenizer, codec.hash, where)
         job = make_job(options, folder, run, rows, where, codec, inputs, world)
         done = job.outcome.steps = begin(job, resumed)
-    _announce(job, where, done)
-    if not has_enough(job):  # else early stopping had ended the run that is resumed
-        _fit(job, done)
-        _loop(job, done)
-    return _finish(job, model)
+    return job, where, done
 
 
 def _is_finished(run: Path) -> bool:
@@ -135,9 +143,11 @@ def _announce(job: Job, where: str, start: int) -> None:
         f"{'' if job.folder.has_weights else f' drawn from seed {options.seed}'}, {job.engine.device} "
         f"{str(job.engine.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads{_processes(job)}"
     )
+    left = job.plan.steps - start
     console.note(
-        f"train: {job.plan.steps - start:,} steps of {per_step}; {options.optimizer.kind}, lr {job.lr:g} "
-        f"({options.schedule.kind})"
+        f"train: {left:,} steps of {per_step}; {options.optimizer.kind}, lr {job.lr:g} ({options.schedule.kind})"
+        if left
+        else f"train: all {start:,} steps are done"
     )
     for part in job.plan.parts:
         console.note(f"train: {len(part.rows):,} rows of {part.name}: {part.per_epoch:,.6g} an epoch")
@@ -334,10 +344,14 @@ def _finish(job: Job, base: str) -> Outcome:
         console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
     reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
     reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
+    wrote = f"wrote {outcome.model} (sha256 {outcome.sha256})"
+    if not outcome.tokens:  # a finished run was resumed
+        console.note(f"train: {wrote}")
+        return outcome
     rate = outcome.tokens / max(outcome.seconds, 1e-9)
     console.note(
         f"train: {outcome.steps} steps in {console.clock(outcome.seconds)}{reached}, "
-        f"{rate:,.0f} tokens/s{_of_peak(job)}; wrote {outcome.model} (sha256 {outcome.sha256})"
+        f"{rate:,.0f} tokens/s{_of_peak(job)}; {wrote}"
     )
     return outcome
 

@@ -82,7 +82,7 @@ def load_template(
 ) -> Template:
     """A built-in template by name, a Jinja file, or a text such as `<bos>{question}<sep>{answer}<eos>`."""
     if text is not None or name == "plain":
-        return Template(text_template(text or PLAIN_TEXT, columns), "plain", specials)
+        return Template(text_template(text or PLAIN_TEXT, columns), repr(text) if text else "plain", specials)
     if name in NAMES:
         return Template((BUILT_IN / f"{name}.jinja").read_text(encoding="utf-8"), str(name), specials)
     path = Path(str(name))

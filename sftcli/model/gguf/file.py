@@ -57,6 +57,8 @@ class GGUF:
 
 def open_gguf(path: str) -> GGUF:
     """Read a file's fields and find its tensors. Raises CheckpointError for one that is damaged."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder, not a GGUF file", hint="-m takes model folders as they are")
     if not Path(path).is_file():
         raise CheckpointError(f"no file {path}")
     try:
