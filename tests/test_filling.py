@@ -202,11 +202,12 @@ def test_batched_output_is_byte_equal_to_one_by_one(sft, filler, lines):
 
 def test_fills_of_several_blanks_are_listed(sft, filler, lines, monkeypatch):
     from sftcli.stages import generate as stage
+    from sftcli.stages.prompts import Asked
 
     codec = load_codec(filler)
     ids = codec.tokenizer.encode("onetwothree").ids
     done = Completion(0, ids, "stop", ends=[2, 2, len(ids)])
-    ask = stage._Asked({}, None, 0)
+    ask = Asked({}, None, 0)
     line = json.loads(stage._line(ask, done, codec, [], Generate(), ""))
     assert line["fills"] == [codec.decode(ids[:2]), "", codec.decode(ids[2:])]
     assert line["completion"] == "\n".join(line["fills"])

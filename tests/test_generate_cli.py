@@ -174,11 +174,12 @@ def test_run_folder_serves_as_model(folder, prompts, tmp_path):
 def test_output_appears_as_soon_as_order_allows(folder, tmp_path, monkeypatch):
     """The first answers are written before the last prompts are read."""
     from sftcli.stages import generate as stage
+    from sftcli.stages import prompts
 
     log = []
-    record_of, line_of = stage._record, stage._line
-    monkeypatch.setattr(stage, "READ_AHEAD", 2)
-    monkeypatch.setattr(stage, "_record", lambda *a: log.append("in") or record_of(*a))
+    record_of, line_of = prompts.Prompts._record, stage._line
+    monkeypatch.setattr(prompts, "READ_AHEAD", 2)
+    monkeypatch.setattr(prompts.Prompts, "_record", lambda *a: log.append("in") or record_of(*a))
     monkeypatch.setattr(stage, "_line", lambda *a: log.append("out") or line_of(*a))
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": text} for text in QUESTIONS * 3])
     answer(folder, path, tmp_path, batch_size=2)

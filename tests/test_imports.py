@@ -46,7 +46,11 @@ def group_of(name):
     if len(parts) == 1:
         return "sftcli"
     if parts[1] == "stages":
-        return "common" if parts[2:] in (["common"], ["training_job"], ["resuming"], ["divergence"]) else "stages"
+        return (
+            "common"
+            if parts[2:3] and parts[2] in ("common", "prompts", "training_job", "resuming", "divergence")
+            else "stages"
+        )
     if parts[1] in ("cli", "exits", "flags", "tools", "__main__"):
         return "cli"
     return parts[1] if parts[1] in ("text", "model") else "basis"

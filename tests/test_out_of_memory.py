@@ -165,6 +165,7 @@ def test_a_cpu_with_ample_memory_tries_nothing_and_one_with_too_little_does_not_
     moments = 8 * sum(p.numel() for p in model.parameters())
     assert needed[sum(LENGTHS)] > needed[sum(LENGTHS) // 2]
     assert fitted(3 * (needed[sum(LENGTHS)] + moments)) == forward_tokens(options, CPU.device.type) and tried == []
+    monkeypatch.setattr(probe, "AMPLE", 9)
     assert fitted(needed[sum(LENGTHS)] + moments - 1) == sum(LENGTHS) // 2
     assert sum(LENGTHS) not in tried and tried  # the halves were tried, the whole was not
     with pytest.raises(OutOfMemory):

@@ -176,7 +176,7 @@ def test_a_signal_while_rows_arrive_ends_a_run_at_once(whole, tmp_path, number, 
     found, told = process.wait()
     os.close(ours), os.close(theirs)
     assert found == code, told
-    assert "Traceback" not in told and list((tmp_path / "run").iterdir()) == []
+    assert "Traceback" not in told and not (tmp_path / "run").exists()
 
 
 def test_a_second_interrupt_ends_a_run_at_once_and_a_second_termination_does_not(whole, tmp_path):

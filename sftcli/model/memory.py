@@ -44,7 +44,7 @@ def estimate(config: GPTConfig, options: Train, longest_row: int, family: Family
         "gradients_bytes": FLOAT * learned,
         "optimizer_bytes": FLOAT * moments,
         "activations_bytes": FLOAT * tokens * activations_per_token(config, options.gradient_checkpointing),
-        "logits_bytes": min(logits_bytes(config), 2 * FLOAT * tokens * config.vocab_size),
+        "logits_bytes": logits_bytes(config, tokens, frozen < FLOAT and not model.head.weight.requires_grad),
     }
     return {
         "parameters": count,
@@ -62,9 +62,11 @@ def forward_tokens(options: Train, device: str) -> int:
     return 8192 if device != "cpu" else 1024 if options.adapter else 2048
 
 
-def logits_bytes(config: GPTConfig) -> int:
-    """Of one chunk, and as much again for what is made of it."""
-    return 2 * FLOAT * max(CHUNK_LOGITS, 64 * config.vocab_size)
+def logits_bytes(config: GPTConfig, tokens: int, narrow: bool) -> int:
+    """Of one chunk of so many tokens, and as much again for what is made of it. A head in 16 bits (`narrow`) is in
+    float32 meanwhile."""
+    chunk = min(max(CHUNK_LOGITS, 64 * config.vocab_size), tokens * config.vocab_size)
+    return FLOAT * (2 * chunk + narrow * config.vocab_size * config.width)
 
 
 def activations_per_token(config: GPTConfig, gradient_checkpointing: bool) -> int:

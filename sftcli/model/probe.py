@@ -125,7 +125,8 @@ def _once(model: GPT, rows: list[Row], tokens: int, options: Train, engine: Engi
 def needed_bytes(model: GPT, tokens: int, options: Train) -> int:
     """What a forward and backward of so many tokens takes, counted (memory.py): gradients, activations, logits."""
     activations = tokens * activations_per_token(model.config, options.gradient_checkpointing)
-    return FLOAT * (_trained(model) + activations) + logits_bytes(model.config)
+    narrow = model.head.weight.element_size() < FLOAT
+    return FLOAT * (_trained(model) + activations) + logits_bytes(model.config, tokens, narrow)
 
 
 def _trained(model: GPT) -> int:

@@ -1,67 +1,34 @@
 """sft generate: prompts -> completions, in input order, as soon as order allows."""
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output
-from sftcli.errors import DataError, SftError, UsageError
+from sftcli.errors import UsageError
 from sftcli.model.adapters.peft import Adapter, applied, apply, open_adapter, open_model, trained_on_another
 from sftcli.model.adapters.prefix_files import PrefixAdapter
 from sftcli.model.cache import padded, positions_of
 from sftcli.model.checkpoint import ModelFolder, load_trained, open_folder
 from sftcli.model.decoding import Completion, TextStops, generate, in_order
 from sftcli.model.filling import fill
-from sftcli.model.growth import Blanks, Grown, Prompt
+from sftcli.model.growth import Grown, Prompt
 from sftcli.model.layout import PAYS, laid_out
 from sftcli.model.training import choose_engine
 from sftcli.recipe import Generate
-from sftcli.rows import Extra
-from sftcli.stages.common import LULL, codec_for, encode_lines, read_lines_of, report_controls, template_for
-from sftcli.text import pretokenized
+from sftcli.stages.common import codec_for, report_controls, template_for
+from sftcli.stages.prompts import Asked, Filling, Prompts, first_of
 from sftcli.text.folder import folder_template, stop_ids
 from sftcli.text.objectives.blank_infilling import Filler, filler_of
 from sftcli.text.objectives.masked_lm import Cloze, cloze_of
-from sftcli.text.records import read_record, renamed
-from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
-READ_AHEAD = 256  # prompts encoded in one call of the library, where so many come at once
-Filling = Filler | Cloze  # GLM's blanks, BERT's masks
 NONE = "none"  # --adapter none: the base alone
-
-
-@dataclass
-class _Asked:
-    """A prompt on its way: what its output line repeats."""
-
-    fields: Extra
-    reference: str | None
-    sample: int
-    row: Sequence[int] = ()  # what was fed
-
-
-@dataclass
-class _Record:
-    """An input line that was read: `text` is rendered, or the ids of a line that was tokenised already."""
-
-    where: str  # file:line
-    fields: Extra
-    reference: str | None
-    key: str  # of its random stream
-    text: Rendered | list[int]
-    pause: bool = False  # the next line does not come at once
-
-
-_Batch = tuple[list[_Record], bool]  # records that come together, and whether the input pauses after them
 
 
 @dataclass
@@ -90,29 +57,23 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
     if outside := [token for token in stops if not 0 <= token < folder.config.vocab_size]:
         console.warn(f"generate: stop token {outside[0]} is beyond the vocabulary of {folder.config.vocab_size:,}")
     stops += [filler.marks.eop] if isinstance(filler, Filler) and filler.marks.eop not in stops else []
-    asked: deque[_Asked] = deque()
     summary = Summary()
-    speaker, vocabulary = Speaker(template, codec.ends), folder.config.vocab_size
-    records = _records(options, source, speaker, template.wanted, summary, filler)
-    unread: list[SftError] = []
-    failed: list[SftError] = []  # of lines before the one that could not be read
-    batches = _batches(_until_error(records, unread))
-    groups = _groups(batches, lambda part: _prompts(part, codec, vocabulary, options.n, asked, filler), failed)
-    first, groups = _first_batch(groups, options.batch_size)
+    prompts = Prompts(options, source, codec, template, folder.config.vocab_size, filler)
+    first, groups = first_of(prompts.groups(), options.batch_size)
     if show_batch:
         _show_table(first, options, adapters[0][1])
     rows = 1 if options.deterministic else options.batch_size if source == "-" else max(len(first), 1)
     waiting = [list(chain.from_iterable(groups))] if len(adapters) > 1 else groups  # a list can be asked again
 
-    def answers(prompts: Iterable[Prompt]) -> Iterator[Completion]:
+    def answers(group: Iterable[Prompt]) -> Iterator[Completion]:
         if cloze:
-            return fill(network, prompts, options, cloze.marks.mask)
-        return in_order(generate(network, prompts, options, stops, _text_stops(codec, texts)))
+            return fill(network, group, options, cloze.marks.mask)
+        return in_order(generate(network, group, options, stops, _text_stops(codec, texts)))
 
     with open_output(output, [source]) as out, console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
         for name, adapter in adapters:
-            asking = deque(asked) if len(adapters) > 1 else asked
+            asking = deque(prompts.asked) if len(adapters) > 1 else prompts.asked
             if options.quantize and adapter:
                 apply(network, adapter)  # for good: what would undo it keeps the weights
             with applied(network, None if options.quantize else adapter):
@@ -123,8 +84,9 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
                     out.flush()
                     _count(done, summary)
                     counter.add(1)
-        for error in failed + unread:
+        for error in prompts.errors:
             raise error
+    summary.prompts = prompts.read
     _report(summary, cloze)
     report_controls("generate", codec)
     return summary
@@ -194,138 +156,6 @@ def _text_stops(codec: Codec, texts: list[str]) -> TextStops | None:
     return found
 
 
-def _until_error(items: Iterator[Any], failed: list[SftError]) -> Iterator[Any]:
-    """Records or prompts up to the first bad line; its error is kept until the rows before it are answered."""
-    try:
-        yield from items
-    except SftError as error:
-        failed.append(error)
-
-
-def _batches(records: Iterator[_Record]) -> Iterator[_Batch]:
-    batch: list[_Record] = []
-    begun = time.monotonic()
-    for record in records:
-        batch.append(record)
-        if len(batch) == READ_AHEAD or record.pause or time.monotonic() - begun > LULL:
-            yield batch, record.pause
-            batch, begun = [], time.monotonic()
-    if batch:
-        yield batch, False
-
-
-def _groups(
-    batches: Iterator[_Batch], prompts_of: Callable[[Iterator[_Batch]], Iterator[Prompt]], failed: list[SftError]
-) -> Iterator[Iterator[Prompt]]:
-    """The prompts between two pauses of the input: they are answered before the next line is read."""
-    for batch in batches:
-        yield _until_error(prompts_of(chain([batch], batches)), failed)
-        if failed:
-            return
-
-
-def _first_batch(groups: Iterator[Iterator[Prompt]], size: int) -> tuple[list[Prompt], Iterator[Iterator[Prompt]]]:
-    """The first prompts, `size` at the most, and all groups with them."""
-    group = next(groups, iter(()))
-    first = list(islice(group, size))
-    return first, chain([chain(first, group)], groups)
-
-
-def _prompts(
-    batches: Iterator[_Batch],
-    codec: Codec,
-    vocabulary: int,
-    n: int,
-    asked: deque[_Asked],
-    filler: Filling | None,
-) -> Iterator[Prompt]:
-    """Encode prompts a batch ahead of the model, up to a pause of the input."""
-    for batch, pause in batches:
-        yield from _encoded(batch, codec, vocabulary, n, asked, filler)
-        if pause:
-            return
-
-
-def _records(
-    options: Generate,
-    source: str,
-    speaker: Speaker,
-    wanted: tuple[str, ...],
-    summary: Summary,
-    filler: Filling | None,
-) -> Iterator[_Record]:
-    """Read and render the lines of the input."""
-    for where, line, fields, pause in read_lines_of([source]):
-        if isinstance(fields, DataError):
-            raise fields
-        summary.prompts += 1
-        try:
-            yield replace(_record(line, fields, where, options, speaker, wanted, summary.prompts, filler), pause=pause)
-        except DataError as error:
-            raise error.located(where) from None
-
-
-def _record(
-    line: bytes,
-    fields: dict[str, msgspec.Raw],
-    where: str,
-    options: Generate,
-    speaker: Speaker,
-    wanted: tuple[str, ...],
-    number: int,
-    filler: Filling | None,
-) -> _Record:
-    record = read_record(renamed(fields, options.columns, where), where, number, wanted)
-    if record.shape == "tokens":
-        document, weights = pretokenized.read(line, fields, where, number)
-        end = next((t for t, weight in enumerate(weights or []) if weight), len(document.input_ids))
-        return _Record(where, fields, None, record.id, document.input_ids[:end])
-    if isinstance(filler, Filler) and record.shape == "text":  # its end is seen by what fills it, too
-        return _Record(where, fields, None, record.id, filler.opened(speaker.documents(record)[0]))
-    rendered, reference = speaker.prompt(record)
-    rendered = filler.opened(rendered) if filler else rendered
-    return _Record(where, fields, reference, record.id, rendered)
-
-
-def _encoded(
-    batch: list[_Record], codec: Codec, vocabulary: int, n: int, asked: deque[_Asked], filler: Filling | None
-) -> Iterator[Prompt]:
-    for record, tokens in zip(batch, _ids(batch, codec), strict=True):
-        if not tokens:
-            raise DataError("the prompt is empty", record.where)
-        if outside := [token for token in tokens if not 0 <= token < vocabulary]:
-            raise DataError(f"id {outside[0]}, the model's vocabulary has {vocabulary}", record.where, "$.input_ids")
-        blanks = None
-        if isinstance(filler, Filler):
-            tokens, places = filler.with_blanks(tokens)
-            blanks = Blanks(places, filler.marks.sop)
-        elif filler:
-            tokens = _row(filler, tokens, record.where)
-        for sample in range(n):
-            asked.append(_Asked(record.fields, record.reference, sample, tokens))
-            yield Prompt(tokens, record.key, sample, blanks)
-
-
-def _row(cloze: Cloze, tokens: list[int], where: str) -> list[int]:
-    try:
-        return cloze.row(tokens)
-    except DataError as error:
-        raise error.located(where) from None
-
-
-def _ids(batch: list[_Record], codec: Codec) -> Iterator[list[int]]:
-    """The ids of every record, up to the first that cannot be encoded."""
-    texts = [(record.where, [record.text]) for record in batch if isinstance(record.text, Rendered)]
-    results = iter(encode_lines(codec, texts))
-    for record in batch:
-        if not isinstance(record.text, Rendered):
-            yield record.text
-        elif isinstance(result := next(results), DataError):
-            raise result
-        else:
-            yield result[0][0]
-
-
 def _show_table(first: Sequence[Prompt], options: Generate, adapter: Adapter | None) -> None:
     """Print the first batch as the decoder lays it out: ids, mask and positions."""
     rows = [Grown(prompt.ids, prompt.blanks) for prompt in first]
@@ -348,7 +178,7 @@ def _tables(rows: list[Grown], side: str, before: int) -> Iterator[tuple[str, li
 
 
 def _line(
-    ask: _Asked,
+    ask: Asked,
     done: Completion,
     codec: Codec,
     texts: list[str],

@@ -54,6 +54,7 @@ from sftcli.stages.training_job import (
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.store import recall
 from sftcli.text.template import Template
+from sftcli.text.tokenizer import Codec
 
 NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifacts.CHECKPOINTS, artifacts.BASE}
 NAMES |= {artifacts.RECIPE}
@@ -91,9 +92,10 @@ def _train(
     options: Train, source: str | Sequence[str], model: str, output: str, resumed: bool, world: World
 ) -> Outcome:
     folder = open_folder(artifacts.model_folder(model))
+    codec = load_codec(folder.path)
     with artifacts.output_folder(output, NAMES) as run:
         _refuse(run, folder, resumed)
-        job, where, done = _begun(options, source, folder, run, resumed, world)
+        job, where, done = _begun(options, source, folder, codec, run, resumed, world)
         _announce(job, where, done)
         if not has_enough(job):  # else early stopping had ended the run that is resumed
             _fit(job, done)
@@ -102,10 +104,15 @@ def _train(
 
 
 def _begun(
-    options: Train, source: str | Sequence[str], folder: ModelFolder, run: Path, resumed: bool, world: World
+    options: Train,
+    source: str | Sequence[str],
+    folder: ModelFolder,
+    codec: Codec,
+    run: Path,
+    resumed: bool,
+    world: World,
 ) -> tuple[Job, str, int]:
     """The job, where its rows are from, and how many steps of it are done."""
-    codec = load_codec(folder.path)
     world.meet()  # all have looked at the run, which the first now changes
     if world.first:
         for place in (run, run / artifacts.CHECKPOINTS):
