@@ -208,3 +208,45 @@ def test_state_that_is_still_to_come_is_all_of_it_until_the_first_step_and_none_
 def test_offload_is_ddps():
     with pytest.raises(ValueError, match="optimizer_offload is for ddp"):
         recipe.Train(parallel="fsdp", optimizer_offload=True)
+
+
+# ---- Muon
+
+
+SHAPES = [(12, 20), (20, 12), (12, 20), (8, 8), (12, 20)]
+
+
+@pytest.mark.parametrize("together", [1, 1 << 22])
+def test_muon_of_ours_equals_that_of_torch_in_float32(monkeypatch, together):
+    monkeypatch.setattr(optim, "TOGETHER", together)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # what torch's rounds to
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    flags = {"lr": 1e-2, "weight_decay": 0.3, "momentum": 0.8, "adjust_lr_fn": "match_rms_adamw"}
+    makes = {optim.Muon: ours, torch.optim.Muon: theirs}
+    optimizers = [make([{"params": ps[:3]}, {"params": ps[3:], "lr": 3e-2}], **flags) for make, ps in makes.items()]
+    for _ in range(4):
+        for a, b, shape in zip(ours, theirs, SHAPES, strict=True):
+            a.grad = torch.randn(shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (3, 16, 24)])
+def test_orthogonal_matrices_have_singular_values_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x @ torch.linspace(1, 2, shape[-1]).diag()
+    values = torch.linalg.svdvals(optim.orthogonal(x, (3.4445, -4.775, 2.0315)))
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3
+    assert float(torch.linalg.svdvals(x).min()) > 1.3
+
+
+def test_parameters_without_gradient_stay_as_they_are_under_muon():
+    kept, learns = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    learns.grad = torch.eye(4)
+    optim.Muon([kept, learns], lr=1.0).step()
+    assert torch.equal(kept, torch.ones(4, 4)) and not torch.equal(learns, kept)
