@@ -159,7 +159,7 @@ class AdamW(Options):
 
 
 class Muon(Options):
-    """Muon on the matrices of the blocks (in float32 on a CPU); AdamW at the same lr on embeddings, head, norms and biases."""
+    """Muon (torch's) on the matrices of the blocks; AdamW at the same lr on embeddings, head, norms and biases."""
 
     kind: Literal["muon"] = "muon"
     lr: Annotated[float, Field(gt=0)] | None = None

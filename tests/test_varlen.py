@@ -5,7 +5,6 @@ from itertools import pairwise
 import pytest
 import torch
 from model_fixtures import CPU, make_model, make_rows
-from torch.nn.attention import varlen as torchs
 
 from sftcli.model import varlen
 from sftcli.model.attention import Group, RowAttention, Sight
@@ -52,7 +51,7 @@ def kernel(monkeypatch):
     made = Kernel()
     monkeypatch.setattr(varlen, "DEVICES", ("cpu",))
     monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(torchs, "varlen_attn", made)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", made)
     varlen._is_right.cache_clear()
     yield made
     varlen._is_right.cache_clear()
@@ -135,7 +134,7 @@ def older(kernel):
 def test_a_kernel_that_is_wrong_missing_or_older_is_not_used(wrong, kernel, monkeypatch):
     expected = answers(causal((2, 3)), Sight(0, 0.3), asked=True)
     varlen._is_right.cache_clear()
-    monkeypatch.setattr(torchs, "varlen_attn", wrong(kernel))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", wrong(kernel))
     q, k = draw(6, H, D, seed=0), draw(6, G, D, seed=1)
     assert not varlen.serves(q, k)
     for a, b in zip(expected, answers(causal((2, 3)), Sight(0, 0.3), asked=False), strict=True):
