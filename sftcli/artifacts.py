@@ -87,6 +87,7 @@ def _other_format(line: bytes, where: str) -> str | None:
     path, _, number = where.rpartition(":")
     if number != "1":
         return None
+    path = "FILE" if path == name_of("-") else path
     start = line.strip()[:1]
     if line.startswith(PARQUET) or path.endswith(TABLES):
         read = "read_parquet" if line.startswith(PARQUET) else "read_csv"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+BAR = 20  # columns of the progress bar, where there is room for it
 QUIET = False  # set once by the command line's --quiet
 RANK = 0  # set once by a process of several: only the first talks, the others say which they are if they fail
 
@@ -108,9 +109,9 @@ class Live:
         now = time.monotonic()
         if self.terminal and now - self.shown > 0.1:
             room = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            bar = "" if share is None else progress_bar(share) + " "
             text = fitted(safe(text), room)
-            bar = bar if len(bar) + len(text) <= room else ""
+            width = min(room - len(text) - 1, BAR)
+            bar = "" if share is None or width < BAR // 4 else progress_bar(share, width) + " "
             line = bar + text
             colour = ("\x1b[36m", "\x1b[0m") if coloured() else ("", "")
             sys.stderr.write(f"\r\x1b[2K{colour[0]}{line[: len(bar)]}{colour[1]}{line[len(bar) :]}")
@@ -136,7 +137,7 @@ def fitted(text: str, room: int) -> str:
     return "  ".join(parts)[:room]
 
 
-def progress_bar(share: float, width: int = 20) -> str:
+def progress_bar(share: float, width: int) -> str:
     """0.4 -> '████████░░░░░░░░░░░░' (in ASCII where the terminal has no more)."""
     full, empty = "█░" if (sys.stderr.encoding or "").lower().startswith("utf") else "#-"
     done = round(min(max(share, 0.0), 1.0) * width)

@@ -37,7 +37,7 @@ class Init(Options):
     @model_validator(mode="after")
     def shape_fits(self) -> "Init":
         if self.width % self.heads or (self.width // self.heads) % 2:
-            fits = [heads for heads in range(1, self.width) if self.width % (2 * heads) == 0]
+            fits = [heads for heads in range(1, min(self.width, 1024)) if self.width % (2 * heads) == 0]
             near = min(fits, key=lambda heads: abs(heads - self.heads), default=None)
             told = f" (heads={near} fits it)" if near else ""
             raise ValueError(f"width {self.width} must be heads {self.heads} times an even number{told}")

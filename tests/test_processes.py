@@ -51,6 +51,8 @@ MODELS = {  # name -> preset, how it is spread, settings
     "full, ddp": ("llama", "ddp", ()),
     "lora, ddp": ("gpt2", "ddp", LORA),
     "full, fsdp": ("gpt2", "fsdp", ("gradient_checkpointing=true",)),
+    "muon, ddp": ("llama", "ddp", ("optimizer.kind=muon",)),
+    "muon, fsdp": ("llama", "fsdp", ("optimizer.kind=muon",)),
     "lora, fsdp": ("llama", "fsdp", (*LORA, "adapter.dora=true", "loss.neftune=5")),
     "pairs, ddp": ("llama", "ddp", ()),
     "prefix, fsdp": ("llama", "fsdp", ("adapter.kind=prefix", "adapter.mlp=8")),
