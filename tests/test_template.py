@@ -247,6 +247,38 @@ def test_content_in_parts_is_read():
     assert only("chatml", record) == only("chatml", chat("hi", "hello"))
 
 
+READS_TEXT = [
+    "message.content",
+    "message.content | trim",
+    "'' ~ message.content",
+    "'' + message.content",
+    "message.content.strip()",
+]
+
+
+@pytest.mark.parametrize("expression", [*READS_TEXT, "'\"type\"' + message.content", "message.content | tojson"])
+def test_parts_are_lines_of_a_text_where_the_template_reads_no_parts(expression):
+    source, lines, record = chatml_with(expression), chat("h\ni", "hello"), chat("h", "hello")
+    record["messages"][0]["content"] = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    record["messages"][1]["content"] = [{"type": "text", "text": "hello"}]
+    speaker = speaker_of(source)
+    assert speaker.documents(record_of(record)) == speaker.documents(record_of(lines))
+    assert speaker.prompt(record_of(record)) == speaker.prompt(record_of(lines))
+    assert "{" not in speaker.documents(record_of(record))[0].text
+
+
+def test_a_template_that_reads_parts_alone_gets_them():
+    one = "{% for part in message.content %}{{ part.text }}{% endfor %}"
+    source = LOOP + "<|im_start|>{{ message.role }}\n" + one + "<|im_end|>\n{% endfor %}"
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    record = {
+        "messages": [
+            {"role": r, "content": [{"type": "text", "text": t}]} for r, t in (("user", "hi"), ("assistant", "hello"))
+        ]
+    }
+    assert only(source, record) == only("chatml", chat("hi", "hello"))
+
+
 def test_generation_blocks_change_no_text():
     source = (
         LOOP + "<|im_start|>{{ message.role }}\n"

@@ -66,7 +66,8 @@ def _texts(options: Init, template: Template, controls: list[str]) -> Iterator[s
         if record.shape == "tokens":
             raise DataError("these rows are tokenised already: init needs text", where)
         try:
-            text = template.render(record.messages, record.tools, False) if record.shape != "text" else None
+            messages = template.readable(record.messages)
+            text = template.render(messages, record.tools, False) if record.shape != "text" else None
         except DataError as error:
             raise error.located(where) from None
         yield from _without(record.messages[0]["content"] if text is None else text, controls)

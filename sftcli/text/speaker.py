@@ -6,7 +6,7 @@ up to that turn, rendered with add_generation_prompt), and end with the end-of-t
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sftcli.errors import DataError
@@ -58,6 +58,7 @@ class Speaker:
         """The conversation as trained: one text, or one a turn where the template rewrites history."""
         if conversation.shape == "text":
             return [self._plain_text(conversation)]
+        conversation = self._readable(conversation)
         own = [i for i, message in enumerate(conversation.messages) if message["role"] == OWN_ROLE]
         whole = self._render(conversation, len(conversation.messages), False)
         last = own[-1] if own and own[-1] == len(conversation.messages) - 1 else None
@@ -71,9 +72,11 @@ class Speaker:
 
     def prompt(self, conversation: Conversation) -> tuple[Rendered, str | None]:
         """The text to feed, and the last turn of the model if the conversation ends with one (its reference)."""
-        messages, reference = conversation.messages, None
         if conversation.shape == "text":
-            return Rendered(messages[0]["content"], [], [(0, len(messages[0]["content"]))], []), None
+            text = conversation.messages[0]["content"]
+            return Rendered(text, [], [(0, len(text))], []), None
+        conversation = self._readable(conversation)
+        messages, reference = conversation.messages, None
         answered = bool(messages) and messages[-1]["role"] == OWN_ROLE
         count = len(messages) - answered
         text = self._render(conversation, count, True)
@@ -82,6 +85,10 @@ class Speaker:
         own = [i for i in range(count) if messages[i]["role"] == OWN_ROLE]
         turns = [self._turn(conversation, i, None) for i in own]
         return self._described(conversation, text, count, _spoken(turns, text), []), reference
+
+    def _readable(self, conversation: Conversation) -> Conversation:
+        messages = self.template.readable(conversation.messages)
+        return conversation if messages is conversation.messages else replace(conversation, messages=messages)
 
     def _reference(self, conversation: Conversation, i: int, prompt: str) -> str:
         """The words of the last turn: its content, or what the template writes for calls."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ class Template:
         """The columns that a text template names, the completion last; empty for others."""
         return tuple(self.header.get("fields", ()))
 
+    @cached_property
+    def reads_parts(self) -> bool:
+        """Whether content may come in parts. Some templates fail with a list, some write it as Python does."""
+        content = [{"type": "text", "text": "words"}]
+        try:
+            text = self.render([{"role": "user", "content": content}], None, True)
+        except DataError:
+            return False
+        return "words" in text and str(content) not in text and json.dumps(content) not in text
+
+    def readable(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with their parts of text as one text, a line each (as vLLM has it), where it reads no parts."""
+        if not any(isinstance(message.get("content"), list) for message in messages) or self.reads_parts:
+            return messages
+        joined = [_text_of(message.get("content")) for message in messages]
+        return [message | {"content": text} for message, text in zip(messages, joined, strict=True)]
+
     def render(self, messages: list[Any], tools: Any, open_turn: bool) -> str:
         """Text of the messages; `open_turn` ends it where the model is to speak. Raises DataError."""
         messages = [_with_reasoning(message) if len(message) > 2 else message for message in messages]
@@ -59,6 +77,10 @@ class Template:
             raise DataError(f"template {self.name} refused it: {error.message or type(error).__name__}") from None
         except Exception as error:  # a template is a program from elsewhere: any of Python's errors may come out
             raise DataError(f"template {self.name} failed: {type(error).__name__}: {error}") from None
+
+
+def _text_of(content: Any) -> Any:
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
