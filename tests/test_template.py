@@ -267,6 +267,16 @@ def test_parts_are_lines_of_a_text_where_the_template_reads_no_parts(expression)
     assert "{" not in speaker.documents(record_of(record))[0].text
 
 
+def test_a_template_that_leaves_out_a_part_is_refused():
+    first = "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}{% endif %}"
+    record = chat("hi", "hello")
+    record["messages"][0]["content"] = [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]
+    source = LOOP + "<|im_start|>{{ message.role }}\n" + first + "<|im_end|>\n{% endfor %}"
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    with pytest.raises(DataError, match=r"leaves out parts of the message at \$\.messages\[0\]"):
+        speaker_of(source).documents(record_of(record))
+
+
 def test_a_template_that_reads_parts_alone_gets_them():
     one = "{% for part in message.content %}{{ part.text }}{% endfor %}"
     source = LOOP + "<|im_start|>{{ message.role }}\n" + one + "<|im_end|>\n{% endfor %}"
