@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any, BinaryIO
 
 import msgspec
@@ -21,7 +22,11 @@ ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; 
 CHUNK = 1 << 20
 PIPE_BYTES = 1 << 20  # the most that Linux gives to everybody
 BYTE = re.compile(r" \(byte (\d+)\)$")  # how msgspec says where, from 0
-PARQUET, TABLES = b"PAR1", (".csv", ".tsv")
+TABLES = (  # how a table's first line begins, how its name ends, and what pandas reads it with
+    (b"PAR1", "", "read_parquet({!r})"),
+    (b"", ".csv", "read_csv({!r})"),
+    (b"", ".tsv", "read_csv({!r}, sep='\\t')"),
+)
 CUT_OFF = "not JSON: Input data was truncated"
 LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves half-written and half-deleted
 
@@ -87,16 +92,17 @@ def _other_format(line: bytes, where: str) -> str | None:
     path, _, number = where.rpartition(":")
     if number != "1":
         return None
-    path = "FILE" if path == name_of("-") else path
-    start = line.strip()[:1]
-    if line.startswith(PARQUET) or path.endswith(TABLES):
-        read = "read_parquet" if line.startswith(PARQUET) else "read_csv"
-        return f"`pandas.{read}({path!r}).to_json('NEW.jsonl', orient='records', lines=True)` makes lines of it"
+    read = next((call for start, end, call in TABLES if line.startswith(start) and path.endswith(end)), None)
+    if read:
+        return f"`pandas.{read.format(path)}.to_json('NEW.jsonl', orient='records', lines=True)` makes lines of it"
+    name, start = "FILE" if path == name_of("-") else quote(path), line.strip()[:1]
     if start == b"[":
-        return f"a JSON array? `jq -c '.[]' {path}` writes its objects as lines"
+        return f"a JSON array? `jq -c '.[]' {name}` writes its objects as lines"
     if line.strip() == b"{":
-        return f"an object a line: `jq -c . {path}` writes them so"
-    return None if start == b"{" else f"an object a line; `jq -cR '{{text: .}}' {path}` makes one of each line of text"
+        return f"an object a line: `jq -c . {name}` writes them so"
+    if start == b"{" or not line.isascii() or b"\0" in line:  # a bad line, or no text at all
+        return None
+    return f"an object a line; `jq -cR '{{text: .}}' {name}` makes one of each line of text"
 
 
 def _cut_off(line: bytes, where: str) -> DataError:
@@ -302,12 +308,12 @@ def output_folder(path: str | Path, belongs: Iterable[str] = ()) -> Iterator[Pat
     """A folder that is made, or accepted if it is empty or already ours (it holds one of the names `belongs`). Whoever
     fails before anything is in it leaves none behind."""
     folder = Path(path)
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         yield _made_folder(folder, belongs)
     except BaseException:
-        with suppress(OSError):  # until one is not empty
-            for place in made:
+        for place in made:
+            with suppress(OSError):  # it is not empty, or was not made
                 place.rmdir()
         raise
 

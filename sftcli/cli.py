@@ -308,7 +308,8 @@ def _begun_by(run: str) -> str:
     command = facts.get("command")
     if not isinstance(command, list) or not command:
         return f"{run} holds no run; --resume stands beside the rows and the -m that a run was begun with"
-    return f"that run was begun with `{join(['sft', *map(str, command[1:])])}`; the same with --resume goes on"
+    again = "the same goes on" if command[1:2] == ["run"] else "the same with --resume goes on"
+    return f"that run was begun with `{join(['sft', *map(str, command[1:])])}`; {again}"
 
 
 @app.command()

@@ -341,6 +341,16 @@ class Evaluate(Options):
     metrics: list[Metric] = ["exact_match", "token_f1"]
     regex: str | None = None  # regex_match compares its first group (or the whole match) in both texts
 
+    @model_validator(mode="after")
+    def regex_is_there(self) -> "Evaluate":
+        if "regex_match" in self.metrics and not self.regex:
+            raise ValueError("the metric regex_match needs a regex, such as '#### (.+)'")
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"regex {self.regex!r}: {error}") from None
+        return self
+
 
 class Recipe(Options):
     """A picture of a run: one section a stage."""

@@ -76,6 +76,14 @@ def test_a_file_of_another_format_is_told_how_to_become_lines(sft, base, tmp_pat
         assert "pandas.read_csv('data.csv')" in sft("tokenize", "data.csv", "-m", base).err
 
 
+def test_what_is_no_text_is_not_told_to_become_lines(sft, base, tmp_path):
+    zipped = tmp_path / "data.xlsx"
+    zipped.write_bytes(b"PK\x03\x04\x14\x00\x08\x08\xff\xfe")
+    (tmp_path / "it's.tsv").write_bytes(b"prompt\tcompletion\n")
+    assert "jq" not in sft("tokenize", zipped, "-m", base).err
+    assert "sep='\\t'" in sft("tokenize", tmp_path / "it's.tsv", "-m", base).err
+
+
 def test_a_bad_line_among_good_ones_is_no_other_format(sft, base, lines):
     assert "hint" not in sft("tokenize", lines(chat("q", "a"), b"nonsense"), "-m", base).err
 

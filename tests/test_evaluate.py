@@ -22,6 +22,7 @@ from sftcli.cli import app
 from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.model import scoring
 from sftcli.recipe import Evaluate
+from sftcli.recipefile import parse
 from sftcli.rowfile import write_rows
 from sftcli.stages.evaluate import evaluate_completions, evaluate_rows, token_f1
 from sftcli.text.folder import load_codec
@@ -200,7 +201,7 @@ def test_completions_without_reference_are_left_out_and_told(tmp_path, capsys):
 )
 def test_completions_that_cannot_be_scored_are_refused(tmp_path, lines, options, error, words):
     with pytest.raises(error, match=words):
-        evaluate_completions(Evaluate(**options), write_jsonl(tmp_path / "c.jsonl", lines))
+        evaluate_completions(parse(Evaluate, options), write_jsonl(tmp_path / "c.jsonl", lines))
 
 
 def test_random_rows_are_no_better_than_chance(tmp_path):

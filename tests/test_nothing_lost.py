@@ -1,17 +1,21 @@
 """What a person has is not replaced, dropped or deleted by a command that was meant for something else."""
 
 import json
+import os
 import shutil
+from contextlib import suppress
 
 import pytest
+import yaml
 from conftest import SAMPLES, chat, write_lines
 from model_fixtures import model_folder, write_turns
 
 from sftcli.errors import UsageError
 from sftcli.model.checkpoint import open_folder
 from sftcli.model.memory import estimate
-from sftcli.recipe import Train
+from sftcli.recipe import Recipe, Train
 from sftcli.recipefile import apply_settings, parse
+from sftcli.stages.run import _refuse
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +190,9 @@ def test_a_finished_run_that_is_resumed_says_so(sft, made, monkeypatch):
     [
         ("generate: {prompts: nosuch.jsonl}", "there is no nosuch.jsonl"),
         ("train: {eval_data: nosuch.jsonl}", "there is no nosuch.jsonl"),
-        ("generate: {prompts: prompts.jsonl}\nevaluate: {}", "prompts.jsonl:1: `evaluate` compares with answers"),
+        ("generate: {prompts: prompts.jsonl}\nevaluate: {}", "prompts.jsonl: `evaluate` compares with answers"),
+        ("generate: {prompts: data.jsonl}\nevaluate: {metrics: [regex_match]}", "regex_match needs a regex"),
+        ("generate: {prompts: data.jsonl}\nevaluate: {regex: (}", "regex '('"),
         ("generate: {}\nevaluate: {}", "`evaluate` needs prompts"),
     ],
 )
@@ -196,3 +202,41 @@ def test_what_would_fail_after_the_training_is_refused_before_it(sft, made, monk
     result = sft("run", "r.yaml", "-o", "new")
     assert result.code == 2 and told in result.err, result.err
     assert not (made / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "second, columns",
+    [
+        ({"prompt": "q", "completion": "a"}, ""),
+        ({"prompt": "q", "reference": "a"}, ""),
+        ({"text": "q", "answer": "a"}, ""),
+        ({"text": "q", "label": "a"}, ", columns: {completion: label}"),
+        (chat("q", "a"), ""),
+    ],
+    ids=str,
+)
+def test_one_prompt_with_an_answer_is_enough_for_evaluate(made, monkeypatch, second, columns):
+    monkeypatch.chdir(made)
+    prompts = write_lines(made / "some.jsonl", {"prompt": "q"} | ({"label": "x"} if columns else {}), second)
+    recipe = parse(Recipe, read_yaml_text(f"generate: {{prompts: {prompts}{columns}}}\nevaluate: {{}}"))
+    with suppress(UsageError):  # a column is missing in the first: generate's to tell
+        _refuse(recipe)
+    write_lines(made / "some.jsonl", second)
+    _refuse(recipe)
+
+
+def test_a_pipe_of_prompts_is_left_to_generate(made, monkeypatch):
+    monkeypatch.chdir(made)
+    os.mkfifo(made / "fifo")
+    _refuse(parse(Recipe, read_yaml_text("generate: {prompts: fifo}\nevaluate: {}")))  # opened, it would wait
+
+
+def read_yaml_text(more):
+    return {"model": "model", "tokenize": {"data": "data.jsonl"}} | yaml.safe_load(more)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_and_leaves_none_of_its_parents(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    result = sft("init", "-o", "deep/" + "x" * 300)
+    assert result.code == 6 and "cannot write deep/" in result.err, result.err
+    assert not (made / "deep").exists()

@@ -279,9 +279,17 @@ def test_check_finds_prompts_that_do_not_begin_their_training_text(sft, base, li
     assert f"1 rows where it is not, first {data}:1" in result.out.decode()
 
 
-def test_check_of_prompts_and_of_nothing_makes_no_claims(sft, base, lines):
+def test_check_of_prompts_and_of_nothing_makes_no_claims(sft, base, lines, tmp_path):
     prompts = sft("check", lines({"prompt": "q"}), "-m", base)
     assert prompts.code == 0 and "note  stop token" in prompts.out.decode()
+    strange = {"messages": [{"role": "user", "content": "q"}, {"role": "Assistant", "content": "a"}]}
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tmp_path / "any.jinja").write_text(source)
+    typed = sft("check", lines(strange), "-m", base, "--template", tmp_path / "any.jinja")
+    assert (
+        typed.code == 3
+        and "FAIL  stop token         no turn of the model: rows end with role Assistant" in typed.out.decode()
+    )
     nothing = sft("check", lines(b"nonsense"), "-m", base)
     assert nothing.code == 3 and " ok  " not in nothing.out.decode()
 

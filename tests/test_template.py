@@ -267,14 +267,29 @@ def test_parts_are_lines_of_a_text_where_the_template_reads_no_parts(expression)
     assert "{" not in speaker.documents(record_of(record))[0].text
 
 
-def test_a_template_that_leaves_out_a_part_is_refused():
-    first = "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}{% endif %}"
-    record = chat("hi", "hello")
-    record["messages"][0]["content"] = [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]
-    source = LOOP + "<|im_start|>{{ message.role }}\n" + first + "<|im_end|>\n{% endfor %}"
+FIRST_PART = "message.content if message.content is string else message.content[0].text"
+OF_USERS = "message.content if message.content is string else (message.content | map(attribute='text') | join if message.role == 'user' else message.content | trim)"
+
+
+@pytest.mark.parametrize("expression", [FIRST_PART, OF_USERS])
+def test_parts_that_a_template_writes_in_some_messages_only_are_lost_nowhere(expression):
+    record, lines = chat("q", "a", "q2", "a2"), chat("q", "hello\nyou", "q2", "a2")
+    record["messages"][1]["content"] = [{"type": "text", "text": "hello"}, {"type": "text", "text": "you"}]
+    assert only(chatml_with(expression), record) == only("chatml", lines)
+
+
+def test_reasoning_in_parts_that_a_template_strips_later_is_no_error():
+    text = (
+        "{% set c = message.content if message.content is string else message.content | map(attribute='text') | join %}"
+    )
+    source = LOOP + text + "<|im_start|>{{ message.role }}\n"
+    source += "{{ c if message.role == 'user' or loop.last else c.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    with pytest.raises(DataError, match=r"leaves out parts of the message at \$\.messages\[0\]"):
-        speaker_of(source).documents(record_of(record))
+    record, plain = chat("q", "", "q2", "a2"), chat("q", "<think>abc</think>answer", "q2", "a2")
+    record["messages"][1]["content"] = [{"type": "text", "text": t} for t in ("<think>abc</think>", "answer")]
+    found = speaker_of(source).documents(record_of(record))
+    assert [d.text for d in found] == [d.text for d in speaker_of(source).documents(record_of(plain))]
+    assert len(found) == 2
 
 
 def test_a_template_that_reads_parts_alone_gets_them():

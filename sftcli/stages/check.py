@@ -15,6 +15,7 @@ from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.tokenizer import Codec
 
 BATCH = 256
+ASKING = {"user", "system", "developer", "tool"}  # roles that a prompt may end with
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "yellow")}
 
 
@@ -24,6 +25,7 @@ class Findings:
 
     rows: int = 0
     read: int = 0
+    last_roles: Counter[str] = field(default_factory=Counter)
     turns: int = 0
     longest: int = 0
     longest_at: str = ""
@@ -89,6 +91,7 @@ def _examine_batch(
             found.refused.append(str(result))
             continue
         found.read += 1
+        found.last_roles.update(message["role"] for message in record.messages[-1:])
         *documents, (prompt, _) = result
         for ids, segments in documents:
             if len(ids) > found.longest:
@@ -117,14 +120,18 @@ def _judge(
     refused = f"{len(found.refused):,} refused, first: {found.refused[0]}" if found.refused else "every row was read"
     results.append((not found.refused and found.rows > 0, "rows", f"{found.rows:,} rows; {refused}"))
     if not found.read:
-        results.append((None, "the rest", "no row to look at"))
+        results.append((None, "the rest", "no row of text to look at"))
         return results
     results.append(_judge_bos(found))
     stops = {token: n for token, n in found.ends.items() if token in codec.special_ids}
     named = ", ".join(f"{codec.token_text(token)} {n:,} times" for token, n in stops.items())
     trained = bool(stops) and sum(stops.values()) > 0
     if not found.turns:
-        results.append((None, "stop token", "no turn of the model: these rows are prompts, which train nothing"))
+        strange = ", ".join(sorted(set(found.last_roles) - ASKING))
+        told = (
+            f"no turn of the model: rows end with role {strange}" if strange else "no turn of the model: prompts only"
+        )
+        results.append((False if strange else None, "stop token", told))
     elif trained:
         results.append((True, "stop token", f"trained: {named}, in {found.turns:,} turns"))
     else:

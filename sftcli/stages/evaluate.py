@@ -8,7 +8,7 @@ from typing import Any
 
 from sftcli import artifacts, console
 from sftcli.artifacts import json_line, open_output, read_objects
-from sftcli.errors import DataError, UsageError
+from sftcli.errors import DataError
 from sftcli.lines import name_of
 from sftcli.recipe import Evaluate
 
@@ -65,9 +65,7 @@ def evaluate_rows(source: str, model: str, per_row: str | None) -> dict[str, Any
 
 def evaluate_completions(options: Evaluate, source: str) -> dict[str, Any]:
     """Mean of each metric over the completions that have a reference."""
-    if "regex_match" in options.metrics and not options.regex:
-        raise UsageError("the metric regex_match needs a regex", hint=r"--regex '#### (\S+)'")
-    pattern = _compiled(options.regex)
+    pattern = re.compile(options.regex) if options.regex else None
     sums: dict[str, float] = dict.fromkeys(options.metrics, 0.0)
     count = without = 0
     for where, _, fields in read_objects(source):
@@ -86,13 +84,6 @@ def evaluate_completions(options: Evaluate, source: str) -> dict[str, Any]:
     if not count:
         raise DataError("no completion with a reference", name_of(source))
     return {"completions": count, **{metric: sums[metric] / count for metric in options.metrics}}
-
-
-def _compiled(regex: str | None) -> re.Pattern[str] | None:
-    try:
-        return re.compile(regex) if regex else None
-    except re.error as error:
-        raise UsageError(f"regex {regex!r}: {error}") from None
 
 
 def _score(metric: str, given: str, wanted: str, pattern: re.Pattern[str] | None) -> float:

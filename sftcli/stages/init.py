@@ -66,7 +66,7 @@ def _texts(options: Init, template: Template, controls: list[str]) -> Iterator[s
         if record.shape == "tokens":
             raise DataError("these rows are tokenised already: init needs text", where)
         try:
-            messages = template.readable(record.messages)
+            messages = template.readable(record.messages, record.tools)
             text = template.render(messages, record.tools, False) if record.shape != "text" else None
         except DataError as error:
             raise error.located(where) from None

@@ -12,7 +12,7 @@ from sftcli.artifacts import ADAPTER, BASE, COMPLETIONS, EVALUATION, MODEL, RECI
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Recipe
 from sftcli.recipefile import dump_recipe
-from sftcli.text.records import read_record, renamed
+from sftcli.text.records import COMPLETION_NAMES, read_record, renamed
 
 NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL, ADAPTER}
 SHOWN_ANSWERS = 3
@@ -53,21 +53,26 @@ def _refuse(recipe: Recipe) -> None:
             raise UsageError(f"there is no {path}", hint="paths in a recipe start where `sft run` is called")
     if recipe.evaluate and recipe.generate and not asked:
         raise UsageError("`evaluate` needs prompts", hint="`generate: {prompts: FILE}`")
-    if recipe.evaluate and recipe.generate and asked and asked != "-":
+    if recipe.evaluate and recipe.generate and asked and Path(asked).is_file():  # a pipe can be read only once
         _refuse_without_reference(asked, recipe.generate.columns)
 
 
 def _refuse_without_reference(prompts: str, columns: dict[str, str]) -> None:
-    """The first prompt must hold an answer that completions can be compared with."""
+    """Some prompt must hold an answer that its completion can be compared with."""
+    where = ""
     for where, _, fields in artifacts.read_objects(prompts):
+        known = {*fields, *(wanted for wanted, given in columns.items() if given in fields)}
+        if known & {"reference", *COMPLETION_NAMES}:
+            return
         try:
             messages = read_record(renamed(fields, columns, where), where, 1).messages
-        except DataError:  # columns that only a template knows
+        except DataError:  # the stage will tell
             return
-        if not messages or messages[-1]["role"] != "assistant":
-            hint = "a completion, or a last message of the assistant; or a recipe without `evaluate`"
-            raise UsageError(f"{where}: `evaluate` compares with answers, and this prompt has none", hint=hint)
-        return
+        if messages and messages[-1]["role"] == "assistant":
+            return
+    if where:
+        hint = "a completion, or a last message of the assistant; or a recipe without `evaluate`"
+        raise UsageError(f"{prompts}: `evaluate` compares with answers, and no prompt has one", hint=hint)
 
 
 class _Files:
@@ -266,8 +271,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "steps": steps_in_run([lengths[i] for i in trained], recipe.train, parts),
         **estimate(opened.config, with_base_dtype(recipe.train, opened), max(lengths), opened.family),
     }
+    size = found["memory_bytes"] / 1e9
     console.note(
         f"run: {found['rows']:,} rows of {found['tokens']:,} tokens make {found['steps']:,} steps, in about "
-        f"{found['memory_bytes'] / 1e9:,.2g} GB of memory; nothing was trained"
+        f"{f'{size:,.0f}' if size >= 10 else f'{size:.2g}'} GB of memory; nothing was trained"
     )
     return {"recipe": recipe.model_dump(mode="json", exclude_none=True), **found}

@@ -120,7 +120,7 @@ def _show_metrics(steps: list[tuple[str, Fields]]) -> None:
 
 def _number(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+        return f"{value:,.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
     return str(value)
 
 

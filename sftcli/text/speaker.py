@@ -87,7 +87,7 @@ class Speaker:
         return self._described(conversation, text, count, _spoken(turns, text), []), reference
 
     def _readable(self, conversation: Conversation) -> Conversation:
-        messages = self.template.readable(conversation.messages)
+        messages = self.template.readable(conversation.messages, conversation.tools)
         return conversation if messages is conversation.messages else replace(conversation, messages=messages)
 
     def _reference(self, conversation: Conversation, i: int, prompt: str) -> str:
@@ -219,18 +219,15 @@ class Speaker:
         """A template that leaves a message out trains on half a conversation; one that writes it in a way that is not
         followed lets its control strings through."""
         for i, message in enumerate(conversation.messages[:count]):
-            content = message.get("content") or ""
-            parts = [content] if isinstance(content, str) else [part["text"] for part in content]
-            words = [part.strip() for part in parts if part.strip()]
+            content = message.get("content")
+            words = content.strip() if isinstance(content, str) else ""
             if len(message) > 2 and any(name not in text for name in _called(message)):
                 reason = "has no place for tool calls"
-            elif len(words) > 1 and i in shown and any(part not in text for part in words):
-                reason = "leaves out parts of the message"
             elif i in shown or not words:
                 continue
-            elif any(part not in text for part in words):
+            elif words not in text:
                 reason = f"has no place for role {message['role']!r}"
-            elif self.ends and any(map(self.ends.search, words)):
+            elif self.ends and self.ends.search(words):
                 reason = "hides which words are the message's, and it has control tokens in them"
             else:
                 continue

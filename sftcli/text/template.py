@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +46,23 @@ class Template:
         """The columns that a text template names, the completion last; empty for others."""
         return tuple(self.header.get("fields", ()))
 
-    @cached_property
-    def reads_parts(self) -> bool:
-        """Whether content may come in parts. Some templates fail with a list, some write it as Python does."""
-        content = [{"type": "text", "text": "words"}]
-        try:
-            text = self.render([{"role": "user", "content": content}], None, True)
-        except DataError:
-            return False
-        return "words" in text and str(content) not in text and json.dumps(content) not in text
+    def readable(self, messages: list[dict[str, Any]], tools: Any = None) -> list[dict[str, Any]]:
+        """The messages; those whose parts of text it does not all write have them as one text, a line each (as vLLM).
 
-    def readable(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with their parts of text as one text, a line each (as vLLM has it), where it reads no parts."""
-        if not any(isinstance(message.get("content"), list) for message in messages) or self.reads_parts:
+        Some templates fail with a list, some write it as Python does: then no mark of ours comes out as it went in."""
+        marked = {
+            i: message | {"content": _marks(i, message["content"])}
+            for i, message in enumerate(messages)
+            if isinstance(message.get("content"), list)
+        }
+        if not marked:
             return messages
-        joined = [_text_of(message.get("content")) for message in messages]
-        return [message | {"content": text} for message, text in zip(messages, joined, strict=True)]
+        try:
+            text = self.render([marked.get(i, message) for i, message in enumerate(messages)], tools, False)
+        except DataError:
+            text = ""
+        read = {i for i, message in marked.items() if all(part["text"] in text for part in message["content"])}
+        return [message if i in read or i not in marked else _joined(message) for i, message in enumerate(messages)]
 
     def render(self, messages: list[Any], tools: Any, open_turn: bool) -> str:
         """Text of the messages; `open_turn` ends it where the model is to speak. Raises DataError."""
@@ -79,8 +79,12 @@ class Template:
             raise DataError(f"template {self.name} failed: {type(error).__name__}: {error}") from None
 
 
-def _text_of(content: Any) -> Any:
-    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+def _marks(message: int, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [part | {"text": f"\0{message}.{i}\0"} for i, part in enumerate(parts)]
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"content": "\n".join(part["text"] for part in message["content"])}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
