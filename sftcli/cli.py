@@ -39,7 +39,6 @@ from sftcli.flags import (
     options_of,
 )
 
-MODEL_HINT = "-m MODEL; `sft init DATA -o base` makes one from nothing"
 HELP = """Supervised fine-tuning as a pipeline of small, visible filters.
 
 \b
@@ -277,7 +276,8 @@ def train(
         if not model:
             raise UsageError(f"{recipe} names no `model:`", hint="sft run RECIPE makes one by its `init:`; or -m MODEL")
     if not model:
-        raise UsageError("no model", hint=_begun_by(output) if resume else MODEL_HINT)
+        hint = _begun_by(output) if resume else "-m MODEL; `sft init DATA -o base` makes one from nothing"
+        raise UsageError("no model", hint=hint)
     if batch_tokens and batch_rows:
         raise UsageError("--batch-tokens and --batch-rows both say how large a step is", hint="give one of them")
     inner = {"adapter.kind": adapter, "adapter.mlp": prefix_mlp, "adapter.length": prefix_length, "optimizer.lr": lr}

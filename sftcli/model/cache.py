@@ -193,9 +193,10 @@ class Table:
                 index = positions_of(mask)  # of every column in its row
                 mask = mask & (index[:, -1:] - index < window)
             seen = F.pad(mask, (self._before, 0), value=True)[:, None, None]
-            kept = self._kept[0][0]
-            added = kept.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-            self._seen[window] = seen if cap else added.repeat(1, kept.shape[1], 1, 1)
+            if not cap:
+                kept = self._kept[0][0]
+                seen = kept.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf).repeat(1, kept.shape[1], 1, 1)
+            self._seen[window] = seen
         return self._seen[window]
 
     def __call__(self, sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ class Int8Linear(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear]):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
-        self.width = sum(self.sizes)
         parts = [quantized(weight_of(layer)) for layer in layers]
         make = exact_products()
         self.products = make(torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts]))
@@ -55,7 +54,7 @@ class Int8Linear(nn.Module):
         digits = torch.div(x, steps)  # (2, T, in)
         high, low = digits.unbind()
         low.add_(high.round_(), alpha=-BASE)
-        of_high, of_low = self.products(digits.flatten(0, 1)).view(2, x.shape[0], self.width).unbind()
+        of_high, of_low = self.products(digits.flatten(0, 1)).view(2, x.shape[0], sum(self.sizes)).unbind()
         return of_low.add_(of_high, alpha=BASE).mul_(steps[1])
 
     def joined(self, x: Tensor) -> tuple[Tensor, ...]:

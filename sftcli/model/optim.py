@@ -16,7 +16,7 @@ from sftcli.model.shards import TensorFiles, is_shared_out
 LR_FROM_NOTHING, LR_PRETRAINED, LR_ADAPTER = 1e-3, 2e-5, 2e-4
 LR_TABLE = 1e-2  # of a prefix by itself: no matrix multiplies what it learns
 RMS = 0.2  # of an update of AdamW, nearly
-NEWTON_STEPS, EPS = 5, 1e-7
+NEWTON_STEPS, EPS, COEFFICIENTS = 5, 1e-7, (3.4445, -4.775, 2.0315)  # torch's defaults
 TOGETHER = 1 << 22  # numbers of matrices that Muon works on at once
 MOMENTS = 8  # bytes of AdamW's state for a parameter
 BUCKET = 1 << 26  # parameters whose state an offloaded step has on the device at once: 512 MiB of AdamW's
@@ -46,9 +46,9 @@ class Muon(_WithoutCompiler, optim.Muon):
         for group in self.param_groups:
             for alike in _alike([p for p in group["params"] if p.grad is not None]):
                 updates = [self._averaged(p, group["momentum"]) for p in alike]
-                made = orthogonal(updates[0] if len(alike) == 1 else torch.stack(updates), group["ns_coefficients"])
+                made = [orthogonal(updates[0])] if len(updates) == 1 else orthogonal(torch.stack(updates))
                 lr = group["lr"] * RMS * math.sqrt(max(alike[0].shape))
-                for p, update in zip(alike, made[None] if len(alike) == 1 else made, strict=True):
+                for p, update in zip(alike, made, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-lr)
 
     def _averaged(self, p: Tensor, momentum: float) -> Tensor:
@@ -71,10 +71,10 @@ def _alike(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield from (same[i : i + count] for i in range(0, len(same), count))
 
 
-def orthogonal(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     """A matrix (R, C), or several (N, R, C), with singular values near 1 instead of their own: five steps of Newton and
     Schulz (kellerjordan.github.io/posts/muon)."""
-    a, b, c = coefficients
+    a, b, c = COEFFICIENTS
     wide = x.shape[-2] <= x.shape[-1]
     x = x.to(torch.bfloat16 if x.device.type == "cuda" else torch.float32)
     x = x if wide else x.mT
