@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sftcli import console
-from sftcli.artifacts import read_objects
+from sftcli.reading import read_objects
 from sftcli.recipe import Init
 from sftcli.stages.common import codec_for, template_for
 from sftcli.stages.init import init

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-from sftcli.artifacts import read_objects
 from sftcli.model.attention import Group, RowAttention
 from sftcli.model.cache import padded
 from sftcli.model.checkpoint import load_trained, open_folder
@@ -30,6 +29,7 @@ from sftcli.model.decoding import generate, in_order
 from sftcli.model.gpt import GPT
 from sftcli.model.growth import Prompt
 from sftcli.model.layout import laid_out
+from sftcli.reading import read_objects
 from sftcli.recipe import Generate
 from sftcli.stages.common import codec_for, template_for
 from sftcli.text.records import read_record, renamed

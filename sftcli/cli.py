@@ -302,7 +302,8 @@ def _begun_by(run: str) -> str:
     """What --resume goes on from: the command that began a run."""
     from shlex import join
 
-    from sftcli.artifacts import RUN, read_json
+    from sftcli.artifacts import RUN
+    from sftcli.reading import read_json
 
     facts = read_json(Path(run, RUN)) if Path(run, RUN).is_file() else {}
     command = facts.get("command")
@@ -402,10 +403,10 @@ def run(
     \b
     sft run recipes/quickstart.yaml --set train.epochs=2
     """
-    from sftcli.artifacts import json_line
     from sftcli.recipe import Recipe
     from sftcli.recipefile import dump_recipe, load_recipe
     from sftcli.stages import run as stage
+    from sftcli.writing import json_line
 
     if schema:
         sys.stdout.buffer.write(json_line(Recipe.model_json_schema()))

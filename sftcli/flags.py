@@ -73,7 +73,7 @@ def dies_with_its_reader() -> None:
 
 def filter_options(output: str | None, name: str, recipe: str | None, settings: Sequence[str], **flags: Any) -> Any:
     """A filter's options; if they are wrong, the next stage of the pipe is told so."""
-    from sftcli.artifacts import open_output
+    from sftcli.writing import open_output
 
     with open_output(None) if output in (None, "-") else nullcontext():
         return options_of(name, recipe, settings, **flags)

@@ -16,9 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
-from sftcli.artifacts import atomic_file, json_line
 from sftcli.errors import DataError, UsageError
 from sftcli.lines import name_of
+from sftcli.writing import atomic_file, json_line
 
 HEAD = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"

@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
-from sftcli.artifacts import CHECKPOINTS, CHUNK, atomic_file, discard, read_json
+from sftcli.artifacts import CHECKPOINTS, CHUNK
 from sftcli.errors import CheckpointError, SftError
+from sftcli.reading import read_json
+from sftcli.writing import atomic_file, discard
 
 MANIFEST, FORMAT = "manifest.json", "sft-checkpoint/1"
 LATEST = "latest"  # a file with the newest one's name, for shell scripts: resuming looks at the folders

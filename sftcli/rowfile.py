@@ -15,10 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sftcli.artifacts import CHUNK, atomic_file, cannot_write
+from sftcli.artifacts import CHUNK
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.rows import FORMAT, PER_TOKEN, Row
 from sftcli.tensorheader import read_header
+from sftcli.writing import atomic_file, cannot_write
 
 TYPES = {"I64": ("q", 8), "F64": ("d", 8), "I32": ("i", 4), "U8": ("B", 1)}
 FLAT = {"input_ids": "I32", "labels": "I32"} | dict.fromkeys(PER_TOKEN, "I32") | {"loss_weight": "F64"}

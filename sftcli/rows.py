@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from sftcli.artifacts import decode_json, json_line, read_objects
 from sftcli.errors import DataError
+from sftcli.reading import decode_json, read_objects
+from sftcli.writing import json_line
 
 IGNORE = -100  # a label that is not trained (Hugging Face's ignore_index)
 FORMAT = "sft-rows/1"

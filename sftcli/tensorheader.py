@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from sftcli.artifacts import no_duplicates
 from sftcli.errors import CheckpointError
+from sftcli.reading import no_duplicates
 
 MAX_HEADER = 100_000_000  # bytes, as the library has it
 BITS = {"C64": 64, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}

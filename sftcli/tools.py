@@ -187,8 +187,8 @@ def evaluate(
     sft evaluate rows.safetensors -m run
     sft evaluate --completions answers.jsonl
     """
-    from sftcli.artifacts import json_line
     from sftcli.stages.evaluate import evaluate_completions, evaluate_rows
+    from sftcli.writing import json_line
 
     if bool(rows) == bool(completions):
         raise UsageError("what to evaluate?", hint="ROWS -m MODEL, or --completions FILE")

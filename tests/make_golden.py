@@ -19,7 +19,8 @@ import torch
 from model_fixtures import metrics, model_folder, write_turns
 
 from sftcli import manifest
-from sftcli.artifacts import fingerprint, read_json
+from sftcli.artifacts import fingerprint
+from sftcli.reading import read_json
 from sftcli.recipe import Train
 from sftcli.recipefile import apply_settings, parse
 from sftcli.stages.train import train

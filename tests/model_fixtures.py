@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sftcli.artifacts import fingerprint, json_line
+from sftcli.artifacts import fingerprint
 from sftcli.model.attention import Group, RowAttention
 from sftcli.model.checkpoint import load_model, open_folder, upstream_tensors
 from sftcli.model.gpt import GPT
@@ -19,6 +19,7 @@ from sftcli.recipe import Init
 from sftcli.rowfile import write_rows
 from sftcli.rows import FORMAT, Row
 from sftcli.stages.init import init
+from sftcli.writing import json_line
 
 torch.set_num_threads(1)  # models this small only lose by more
 

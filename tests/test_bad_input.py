@@ -14,7 +14,7 @@ from conftest import ROOT, Pipe, chat, run_in_process, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftcli.artifacts import open_output
+from sftcli.writing import open_output
 
 GOOD = chat("q", "a")
 DOCUMENT = {

@@ -11,8 +11,8 @@ import pytest
 from chat_families import BY_NAME, FAMILIES, TOOLS, conversation, definition
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from sftcli.artifacts import line_fields
 from sftcli.errors import DataError
+from sftcli.reading import line_fields
 from sftcli.rows import own_turns
 from sftcli.text import watch
 from sftcli.text.records import Conversation, read_record

@@ -17,7 +17,7 @@ import torch
 from forked import Forked
 from model_fixtures import make_rows, metrics, model_folder, tokenizer_hash, write_jsonl, write_turns
 
-from sftcli import artifacts, console, manifest
+from sftcli import console, manifest, reading, writing
 from sftcli.cli import app
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
 from sftcli.model import resume, shards
@@ -353,7 +353,7 @@ def test_other_rows_are_trained_from_the_checkpoint_on_where_that_is_allowed(don
     assert re.search(r"warning: train: the rows changed \(was .*\): the run goes on with them", capsys.readouterr().err)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert [line["rows"] for line in metrics(run)][4:] == [line["rows"] for line in metrics(tmp_path / "other")][4:]
-    said, of_others = (artifacts.read_json(folder / "run.json") for folder in (run, tmp_path / "other"))
+    said, of_others = (reading.read_json(folder / "run.json") for folder in (run, tmp_path / "other"))
     assert said["rows"] == of_others["rows"]
 
 
@@ -520,7 +520,7 @@ def test_whatever_call_of_a_save_fails_a_whole_checkpoint_is_left(run, tmp_path,
                 assert not list(attempt.rglob(".tmp-*"))
             if newest.name == "step-000008":
                 assert files_of(newest) == before
-            artifacts.remove_leftovers(attempt / "checkpoints")
+            writing.remove_leftovers(attempt / "checkpoints")
             assert all(name.startswith(("step-", "latest")) for name in names(attempt))
             shutil.rmtree(attempt)
     print(f"{tried} calls {'killed' if kill else 'failed'}, 0 checkpoints lost")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sftcli.artifacts import fingerprint, line_fields
+from sftcli.artifacts import fingerprint
 from sftcli.errors import DataError
+from sftcli.reading import line_fields
 from sftcli.text.records import read_record
 from sftcli.text.speaker import Rendered, Speaker
 from sftcli.text.template import Template

@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from model_fixtures import make_rows, model_folder, write_jsonl
 
-from sftcli.artifacts import json_line
 from sftcli.errors import CheckpointError, Exit, SftError
 from sftcli.model.checkpoint import load_model, open_folder, save_model
 from sftcli.model.tensorfile import INDEX, WEIGHTS
+from sftcli.writing import json_line
 
 
 def change(path, **values):

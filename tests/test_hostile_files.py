@@ -11,12 +11,13 @@ import torch
 from conftest import write_lines
 from model_fixtures import model_folder
 
-from sftcli.artifacts import atomic_file, text_folder
+from sftcli.artifacts import text_folder
 from sftcli.errors import CheckpointError
 from sftcli.model.checkpoint import open_folder
 from sftcli.model.tensorfile import INDEX, WEIGHTS
 from sftcli.stages.common import codec_for, template_for
 from sftcli.tensorheader import read_header
+from sftcli.writing import atomic_file
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ LEVELS = [
     "errors",
     "hub",
     "lines",
+    "reading",
+    "writing",
     "artifacts",
     "manifest",
     "rows",
@@ -102,7 +104,7 @@ def test_only_run_chains_stages():
 
 
 def test_the_modules_at_the_bottom_have_an_order():
-    """artifacts knows errors, rows knows artifacts, ...: never the other way."""
+    """reading knows errors, rows knows reading, ...: never the other way."""
     for path in MODULES:
         own = name_of(path).removeprefix("sftcli.")
         if own in LEVELS:

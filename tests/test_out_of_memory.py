@@ -7,7 +7,7 @@ import torch
 from model_fixtures import CPU, make_rows, metrics, model_folder, model_of, write_turns
 from test_training import LENGTHS, options_of, same_weights
 
-from sftcli import artifacts, manifest
+from sftcli import manifest, reading
 from sftcli.errors import Exit, OutOfMemory
 from sftcli.model import optim, probe
 from sftcli.model.batches import make_batch, micro_batches
@@ -203,7 +203,7 @@ def test_available_memory_is_that_of_the_machine_and_of_its_container(tmp_path, 
 def test_the_run_that_fits_says_nothing_of_memory(base, rows, tmp_path, capsys):
     train(options_of(), rows, str(base), str(tmp_path / "run"))
     assert "memory" not in capsys.readouterr().err
-    assert "micro_batch_tokens" not in artifacts.read_json(tmp_path / "run" / "run.json")["options"]
+    assert "micro_batch_tokens" not in reading.read_json(tmp_path / "run" / "run.json")["options"]
 
 
 @pytest.mark.parametrize("preset", ["llama", "gpt2"])

@@ -32,7 +32,7 @@ from model_fixtures import (
     write_turns,
 )
 
-from sftcli import artifacts
+from sftcli import reading
 from sftcli.errors import Exit, SftError
 from sftcli.model import optim
 from sftcli.model.adapters import adapt
@@ -306,7 +306,7 @@ def test_both_processes_end_alike_and_by_one_signal(pair):
     for name, (_, stop) in RUNS.items():
         if stop:
             assert first[name] == 143, name
-            assert artifacts.read_json(pair / name / "checkpoints" / "step-000003" / "state.json")["step"] == 3
+            assert reading.read_json(pair / name / "checkpoints" / "step-000003" / "state.json")["step"] == 3
         elif name != "diverged":
             assert re.fullmatch("[0-9a-f]{12}", str(first[name])), name
 
@@ -440,7 +440,7 @@ def test_terminated_launcher_leaves_a_checkpoint_of_the_last_step_and_exits_143(
     steps = len(metrics("run"))
     assert said.count(f"stopped after step {steps} of") == 1 and "Traceback" not in said
     assert Path("run/checkpoints", f"step-{steps:06}").is_dir()
-    typed = artifacts.read_json(Path("run/run.json"))["command"]
+    typed = reading.read_json(Path("run/run.json"))["command"]
     assert typed[1:] == [*small, "--nproc", "2", "--set", "epochs=4000"]
     assert not [path for path in Path("tmp").iterdir() if not path.name.startswith("torch")]
 

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from conftest import SAMPLES, chat
 
-from sftcli.artifacts import line_fields
 from sftcli.errors import DataError
+from sftcli.reading import line_fields
 from sftcli.text.records import read_record, renamed
 
 

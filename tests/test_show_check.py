@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import SAMPLES, chat
 
-from sftcli.artifacts import line_fields
+from sftcli.reading import line_fields
 from sftcli.text.folder import load_codec
 from sftcli.text.records import read_record
 from sftcli.text.speaker import Speaker

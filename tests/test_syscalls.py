@@ -13,7 +13,7 @@ from conftest import run_in_process
 from forked import Forked
 from model_fixtures import model_folder, write_turns
 
-from sftcli import artifacts, manifest
+from sftcli import manifest, writing
 from sftcli.cli import app
 from sftcli.errors import Exit
 
@@ -140,7 +140,7 @@ def test_wherever_a_save_fails_or_dies_the_run_goes_on_from_a_whole_checkpoint(b
             code, said = Forked(lambda: app(command(run))).wait()  # noqa: B023
             assert code == 0, said
             assert (run / "model" / "model.safetensors").read_bytes() == weights
-            artifacts.remove_leftovers(run)
+            writing.remove_leftovers(run)
             assert not list(run.rglob(".tmp-*")) and not list(run.rglob(".old-*"))
         shutil.rmtree(run)
     print(f"{call} {fault}: {len(outcomes)} tried, 0 lost; {sum(step == 8 for _, step in outcomes)} had published")

@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import ROOT, chat
 
-from sftcli.artifacts import line_fields
 from sftcli.errors import DataError, UsageError
+from sftcli.reading import line_fields
 from sftcli.text.records import Conversation, read_record
 from sftcli.text.speaker import Speaker
 from sftcli.text.template import Template, control_tokens, load_template

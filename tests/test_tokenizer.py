@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from sftcli.artifacts import line_fields, read_objects
 from sftcli.errors import CheckpointError, DataError, UsageError
+from sftcli.reading import line_fields, read_objects
 from sftcli.stages.common import codec_for, template_for
 from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file, stop_ids
 from sftcli.text.records import read_record, renamed

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from sftcli.artifacts import read_objects
 from sftcli.errors import DataError
+from sftcli.reading import read_objects
 from sftcli.text import words
 from sftcli.text.bounds import Bounds
 from sftcli.text.gguf_pretokenizers import DIGITS, LLAMA3, QWEN2, QWEN35, TEKKEN, WORDS, isolated

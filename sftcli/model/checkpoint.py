@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sftcli import console
-from sftcli.artifacts import atomic_folder, read_json, write_json
 from sftcli.errors import CheckpointError
 from sftcli.model.families import Family, Stored, family_of, shapes_of
 from sftcli.model.gpt import GPT, TOKEN_TYPES, GPTConfig
@@ -27,6 +26,8 @@ from sftcli.model.tensorfile import (
     write_shards,
     write_tensors,
 )
+from sftcli.reading import read_json
+from sftcli.writing import atomic_folder, write_json
 
 COMPANIONS = (
     "tokenizer.json",

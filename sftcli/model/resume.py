@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.optim import Muon, Optimizer
 
 from sftcli import manifest
-from sftcli.artifacts import atomic_folder, cannot_write, read_json, to_disk, write_json
 from sftcli.errors import CheckpointError, Exit, SftError
 from sftcli.model.gpt import GPT
 from sftcli.model.optim import load_state_tensors, state_tensors
 from sftcli.model.processes import World
 from sftcli.model.shards import TensorFiles, file_name, held, is_shared_out
 from sftcli.model.tensorfile import write_tensors
+from sftcli.reading import read_json
 from sftcli.recipe import Train
+from sftcli.writing import atomic_folder, cannot_write, to_disk, write_json
 
 TRAINED, STATE, OPTIMIZER = "trained.safetensors", "state.json", "optimizer.safetensors"
 RNG = "rng"  # torch's CPU generator, beside the optimizer's tensors

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftcli.artifacts import CHUNK, read_json, write_json
+from sftcli.artifacts import CHUNK
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
+from sftcli.reading import read_json
 from sftcli.tensorheader import read_header
+from sftcli.writing import write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

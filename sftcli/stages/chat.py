@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sftcli import console
-from sftcli.artifacts import atomic_file, json_line, line_fields, read_bytes, text_folder
+from sftcli.artifacts import text_folder
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.lines import read_lines
 from sftcli.model.adapters.peft import apply, open_model
@@ -20,6 +20,7 @@ from sftcli.model.decoding import Token, decode
 from sftcli.model.growth import Prompt
 from sftcli.model.layout import laid_out
 from sftcli.model.training import choose_engine
+from sftcli.reading import line_fields, read_bytes
 from sftcli.recipe import Generate
 from sftcli.recipefile import parse
 from sftcli.stages.common import codec_for, template_for
@@ -27,6 +28,7 @@ from sftcli.text.folder import stop_ids
 from sftcli.text.records import Conversation
 from sftcli.text.speaker import Speaker
 from sftcli.text.tokenizer import Codec
+from sftcli.writing import atomic_file, json_line
 
 HELP = """\
 /system TEXT  what the model is told before everything else (without TEXT: nothing)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftcli import artifacts, console
-from sftcli.artifacts import read_json
 from sftcli.errors import DataError, UsageError
+from sftcli.reading import read_json
 from sftcli.recipe import Tokenize
 from sftcli.rows import own_turns
 from sftcli.stages.common import codec_for, encode_lines, read_lines_of, template_for

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from sftcli import artifacts, console
+from sftcli import console, reading
 from sftcli.errors import CheckpointError, SftError
 from sftcli.tensorheader import read_header
 from sftcli.text.folder import folder_template, load_codec
@@ -71,13 +71,13 @@ def _json(file: Path) -> Verdict:
 
 def _decoded(file: Path) -> Any:
     try:
-        return msgspec.json.decode(artifacts.read_bytes(file))
+        return msgspec.json.decode(reading.read_bytes(file))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
 
 
 def _template(source: str | None, file: Path) -> Verdict:
-    text = source if source is not None else artifacts.read_bytes(file).decode(errors="replace")
+    text = source if source is not None else reading.read_bytes(file).decode(errors="replace")
     specials = load_codec(file.parent).specials if (file.parent / "tokenizer.json").is_file() else {}
     return True, f"template {Template(text, file.name, specials).hash}; it runs in a sandbox"
 

@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 from sftcli import console, manifest
-from sftcli.artifacts import RUN, json_line, read_json
+from sftcli.artifacts import RUN
 from sftcli.errors import UsageError
+from sftcli.reading import read_json
+from sftcli.writing import json_line
 
 
 def checkpoints(path: str) -> bool:

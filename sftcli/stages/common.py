@@ -8,16 +8,18 @@ from typing import IO
 
 import msgspec
 
-from sftcli.artifacts import PreviousStageFailed, json_line, line_fields, open_output, text_folder
+from sftcli.artifacts import text_folder
 from sftcli.console import note, warn
 from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.lines import name_of, read_lines
+from sftcli.reading import PreviousStageFailed, line_fields
 from sftcli.recipe import InContent
 from sftcli.text.folder import folder_template, load_codec, load_tokenizer_file
 from sftcli.text.speaker import Rendered
 from sftcli.text.store import remember
 from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec, Encoded
+from sftcli.writing import json_line, open_output
 
 SHOWN_REJECTS = 10
 LULL = 0.1  # seconds: a row that has waited so long for others goes on without them

@@ -4,11 +4,12 @@ import math
 from collections import deque
 
 from sftcli import console
-from sftcli.artifacts import METRICS, atomic_file, json_line
+from sftcli.artifacts import METRICS
 from sftcli.errors import Exit, SftError
 from sftcli.model.training import Report
 from sftcli.rows import encode_row
 from sftcli.stages.training_job import Job
+from sftcli.writing import atomic_file, json_line
 
 REMEMBERED, SIGMAS = 100, 6.0
 NAMED = 8  # rows that a message names

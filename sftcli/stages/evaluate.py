@@ -6,11 +6,12 @@ import string
 from collections import Counter
 from typing import Any
 
-from sftcli import artifacts, console
-from sftcli.artifacts import json_line, open_output, read_objects
+from sftcli import console, reading
 from sftcli.errors import DataError
 from sftcli.lines import name_of
+from sftcli.reading import read_objects
 from sftcli.recipe import Evaluate
+from sftcli.writing import json_line, open_output
 
 MICRO_BATCH_TOKENS = 8192
 
@@ -74,8 +75,8 @@ def evaluate_completions(options: Evaluate, source: str) -> dict[str, Any]:
         if "reference" not in fields:
             without += 1
             continue
-        given = artifacts.decode_json(bytes(fields["completion"]), where, str)
-        wanted = artifacts.decode_json(bytes(fields["reference"]), where, str)
+        given = reading.decode_json(bytes(fields["completion"]), where, str)
+        wanted = reading.decode_json(bytes(fields["reference"]), where, str)
         count += 1
         for metric in options.metrics:
             sums[metric] += _score(metric, given, wanted, pattern)

@@ -4,18 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from sftcli import console
-from sftcli.artifacts import atomic_file, model_folder, read_json
+from sftcli.artifacts import model_folder
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.model.checkpoint import ModelFolder, open_folder
 from sftcli.model.gguf.architectures import architecture_of_config
 from sftcli.model.gguf.configs import write_config
 from sftcli.model.gguf.file import KINDS, Planned, write_gguf
 from sftcli.model.gguf.tensors import exported, plan
+from sftcli.reading import read_json
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.gguf_vocabulary import KEY, STOPS, write_tokenizer
 from sftcli.text.modelfile import modelfile
 from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec
+from sftcli.writing import atomic_file
 
 MODELFILE = "Modelfile"
 

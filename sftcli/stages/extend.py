@@ -9,14 +9,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sftcli import artifacts, console
-from sftcli.artifacts import json_line, output_folder, read_json
 from sftcli.model.checkpoint import load_trained, open_folder, save_model
 from sftcli.model.gpt import GPT
+from sftcli.reading import read_json
 from sftcli.recipe import Init
 from sftcli.stages.common import missing_controls
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec
+from sftcli.writing import json_line, output_folder
 
 
 def extend(base: str, options: Init, output: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sftcli import artifacts, console
-from sftcli.artifacts import json_line, open_output
 from sftcli.errors import UsageError
 from sftcli.model.adapters.peft import Adapter, applied, apply, open_adapter, open_model, trained_on_another
 from sftcli.model.adapters.prefix_files import PrefixAdapter
@@ -26,6 +25,7 @@ from sftcli.text.folder import folder_template, stop_ids
 from sftcli.text.objectives.blank_infilling import Filler, filler_of
 from sftcli.text.objectives.masked_lm import Cloze, cloze_of
 from sftcli.text.tokenizer import Codec
+from sftcli.writing import json_line, open_output
 
 TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
 NONE = "none"  # --adapter none: the base alone

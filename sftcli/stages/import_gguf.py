@@ -7,7 +7,6 @@ import msgspec
 from tokenizers import Tokenizer
 
 from sftcli import console
-from sftcli.artifacts import atomic_folder, write_json
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.model.checkpoint import DTYPES, open_folder
 from sftcli.model.gguf.architectures import Architecture, architecture_of_file
@@ -15,6 +14,7 @@ from sftcli.model.gguf.configs import read_config
 from sftcli.model.gguf.file import GGUF, open_gguf
 from sftcli.model.gguf.tensors import import_weights
 from sftcli.text.gguf_vocabulary import read_tokenizer, stop_tokens
+from sftcli.writing import atomic_folder, write_json
 
 TEMPLATE = "tokenizer.chat_template"
 NAMED_TEMPLATE = TEMPLATE + "."

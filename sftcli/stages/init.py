@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from itertools import chain
 
 from sftcli import console
-from sftcli.artifacts import output_folder, write_json
 from sftcli.errors import DataError, UsageError
 from sftcli.fieldtypes import MASKED_LM_CONTROLS
 from sftcli.recipe import Init
@@ -13,6 +12,7 @@ from sftcli.text.records import read_record, renamed
 from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec
 from sftcli.text.vocabulary import train_bpe, whitespace_tokenizer
+from sftcli.writing import output_folder, write_json
 
 NAMES = {"config.json", "tokenizer.json", "chat_template.jinja"}
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")

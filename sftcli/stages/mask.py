@@ -12,9 +12,10 @@ from itertools import islice
 import msgspec
 
 from sftcli import console, views
-from sftcli.artifacts import decode_json, json_line, line_fields, open_output, refuse_to_replace, text_folder
+from sftcli.artifacts import text_folder
 from sftcli.errors import DataError, UsageError
 from sftcli.indexedfile import indexed_lines, is_indexed, write_indexed
+from sftcli.reading import decode_json, line_fields
 from sftcli.recipe import BlankInfilling, Causal, Mask, MaskedLM
 from sftcli.rowfile import is_row_file, write_rows
 from sftcli.rows import IGNORE, RESERVED, Document, Extra, Row, encode_row
@@ -24,6 +25,7 @@ from sftcli.text.folder import load_codec
 from sftcli.text.objectives import blank_infilling, causal, masked_lm
 from sftcli.text.store import recall_codec, recall_specials
 from sftcli.text.tokenizer import Codec
+from sftcli.writing import json_line, open_output, refuse_to_replace
 
 MOSTLY_LOST = 0.1  # warn when more than this share of the rows is dropped
 

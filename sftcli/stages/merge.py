@@ -1,6 +1,6 @@
 """sft merge: a base and its adapter -> one model folder."""
 
-from sftcli import artifacts, console
+from sftcli import artifacts, console, writing
 from sftcli.errors import CheckpointError, UsageError
 from sftcli.model.adapters.lora import merge as merge_updates
 from sftcli.model.adapters.peft import LoraAdapter, apply, open_adapter, trained_on_another
@@ -24,7 +24,7 @@ def merge(
     found = open_adapter(str(place), folder)
     if not isinstance(found, LoraAdapter):
         raise UsageError(f"{adapter} is a prefix, which no weights can hold", hint=f"-m BASE --adapter {adapter}")
-    with artifacts.output_folder(output) as target:
+    with writing.output_folder(output) as target:
         if trained_on_another(found, folder):
             console.warn(f"merge: {adapter} was trained on another model than {base}")
         network = load_trained(folder)

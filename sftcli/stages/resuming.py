@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 import sftcli
-from sftcli import artifacts, console, manifest
+from sftcli import artifacts, console, manifest, reading, writing
 from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES
 from sftcli.errors import CheckpointError, Exit, SftError, UsageError
 from sftcli.model import resume
@@ -26,7 +26,7 @@ STALE_AFTER = (METRICS, SAMPLES, MODEL, ADAPTER)  # what a new training run repl
 
 def begin(job: Job, resumed: bool) -> int:
     """Start a run over or go on with it, once nothing speaks against it; returns the steps that are done."""
-    recorded = artifacts.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
+    recorded = reading.read_json(job.run / RUN) if (job.run / RUN).is_file() else {}
     world = job.engine.world
     named = world.from_first(lambda: _newest_whole(job, recorded.get("id"))) if resumed else None
     folder = Path(named) if named else None
@@ -48,7 +48,7 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> None:
     if before:
         manifest.forget(job.run, before)
     for name in STALE_AFTER:
-        artifacts.discard(job.run / name)
+        writing.discard(job.run / name)
     for path in job.run.glob("diverged-step-*.jsonl"):
         path.unlink()
     job.id = secrets.token_hex(6)
@@ -61,7 +61,7 @@ def _start_over(job: Job, before: str | None, resumed: bool) -> None:
     }
     if job.options.adapter:
         facts["base"] = str(job.folder.path.resolve())  # where `-m RUN` finds what the adapter belongs on
-    artifacts.update_json(job.run / RUN, facts | job.settings)
+    writing.update_json(job.run / RUN, facts | job.settings)
 
 
 def _check_room(job: Job, done: int) -> None:
@@ -129,7 +129,7 @@ def _clear(job: Job, folder: Path, recorded: dict[str, Any]) -> None:
     step = manifest.step_of(folder)
     data = {name: job.settings[name] for name in DATA}
     if recorded | data != recorded:
-        artifacts.update_json(job.run / RUN, data)
+        writing.update_json(job.run / RUN, data)
     for name in (METRICS, SAMPLES):
         _cut_back(job.run / name, step - bool(job.pending))  # what follows the step is done anew
     manifest.rotate(folder, job.id, job.options.keep, best_step(job))  # it may have been killed before that
@@ -166,7 +166,7 @@ def _cut_back(path: Path, step: int) -> None:
                     kept.append(line)
             except (msgspec.DecodeError, KeyError, TypeError):
                 break  # a torn last line
-        with artifacts.atomic_file(path) as file:
+        with writing.atomic_file(path) as file:
             file.writelines(kept)
 
 
@@ -182,8 +182,8 @@ def _logs_to_disk(run: Path) -> None:
     """Or after a power cut a checkpoint could be ahead of its log."""
     for name in (METRICS, SAMPLES):
         try:
-            artifacts.to_disk(run / name)
+            writing.to_disk(run / name)
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise artifacts.cannot_write(run / name, error) from None
+            raise writing.cannot_write(run / name, error) from None

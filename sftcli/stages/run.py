@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sftcli import __version__, artifacts, console
+from sftcli import __version__, artifacts, console, reading, writing
 from sftcli.artifacts import ADAPTER, BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
 from sftcli.errors import DataError, UsageError
 from sftcli.recipe import Recipe
@@ -23,9 +23,9 @@ def run(recipe: Recipe, output: str) -> dict[str, Any]:
     """Run every stage of the recipe into a run folder; returns the evaluation (empty if there is none)."""
     begin = time.monotonic()
     _refuse(recipe)
-    with artifacts.output_folder(output, NAMES) as folder:
-        artifacts.remove_leftovers(folder)
-        with artifacts.atomic_file(folder / RECIPE) as file:
+    with writing.output_folder(output, NAMES) as folder:
+        writing.remove_leftovers(folder)
+        with writing.atomic_file(folder / RECIPE) as file:
             file.write(dump_recipe(recipe).encode())
         model = _base(recipe, folder)
         _data(recipe, folder, model)
@@ -60,7 +60,7 @@ def _refuse(recipe: Recipe) -> None:
 def _refuse_without_reference(prompts: str, columns: dict[str, str]) -> None:
     """Some prompt must hold an answer that its completion can be compared with."""
     where = ""
-    for where, _, fields in artifacts.read_objects(prompts):
+    for where, _, fields in reading.read_objects(prompts):
         known = {*fields, *(wanted for wanted, given in columns.items() if given in fields)}
         if known & {"reference", *COMPLETION_NAMES}:
             return
@@ -121,12 +121,12 @@ class _Stage:
     def done(self) -> None:
         entry = {"key": self.key, "outputs": [self.files.content(path) for path in self.outputs]}
         stages = _recorded(self.folder, "stages") | {self.name: entry}
-        artifacts.update_json(self.folder / RUN, {"stages": stages, "files": self.files.known})
+        writing.update_json(self.folder / RUN, {"stages": stages, "files": self.files.known})
 
 
 def _recorded(folder: Path, name: str) -> dict[str, Any]:
     path = folder / RUN
-    found = artifacts.read_json(path).get(name, {}) if path.is_file() else {}
+    found = reading.read_json(path).get(name, {}) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
@@ -205,7 +205,7 @@ def _generate(recipe: Recipe, folder: Path) -> None:
 
         complete(options, options.prompts, str(folder / _trained(recipe)), str(folder / COMPLETIONS))
         stage.done()
-    for number, (_, _, fields) in enumerate(artifacts.read_objects(str(folder / COMPLETIONS))):
+    for number, (_, _, fields) in enumerate(reading.read_objects(str(folder / COMPLETIONS))):
         if number == SHOWN_ANSWERS:
             break
         console.note(f"  {_one_line(_question(fields))}")
@@ -235,7 +235,7 @@ def _evaluate(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
     assert recipe.evaluate
     results = evaluate_completions(recipe.evaluate, str(folder / COMPLETIONS))
-    artifacts.write_json(folder / EVALUATION, results)
+    writing.write_json(folder / EVALUATION, results)
     scores = ", ".join(f"{name} {results[name]:.1%}" for name in recipe.evaluate.metrics)
     console.note(f"evaluate: {scores} of {results['completions']:,} completions")
     return results

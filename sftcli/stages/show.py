@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from sftcli import artifacts, console, views
-from sftcli.artifacts import decode_json, read_objects
+from sftcli import artifacts, console, reading, views
 from sftcli.errors import UsageError
 from sftcli.lines import name_of
+from sftcli.reading import decode_json, read_objects
 from sftcli.rowfile import RowFile, is_row_file
 from sftcli.rows import Document, Row
 from sftcli.text.folder import load_codec
@@ -125,7 +125,7 @@ def _number(value: Any) -> str:
 
 
 def _adapter_parts(folder: Path) -> list[tuple[str, str]]:
-    config = artifacts.read_json(folder / artifacts.ADAPTER_CONFIG)
+    config = reading.read_json(folder / artifacts.ADAPTER_CONFIG)
     names = ("peft_type", "num_virtual_tokens", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return [*((name, str(config[name])) for name in names if config.get(name)), ("adapter", f"{size:,} bytes")]
@@ -140,13 +140,13 @@ def _show_folder(folder: Path) -> None:
     model = folder if not run else folder / artifacts.MODEL
     parts: list[tuple[str, str]] = []
     if run:
-        facts = artifacts.read_json(folder / artifacts.RUN)
+        facts = reading.read_json(folder / artifacts.RUN)
         parts += [(key, str(facts[key])) for key in ("started", "command", "sftcli", "torch", "device") if key in facts]
         parts += [("files", ", ".join(sorted(path.name for path in folder.iterdir() if path.name[0] != ".")))]
     if adapter:
         parts += _adapter_parts(adapter)
     if (model / "config.json").is_file():
-        config = artifacts.read_json(model / "config.json")
+        config = reading.read_json(model / "config.json")
         sizes = (
             "hidden_size",
             "n_embd",
@@ -164,5 +164,5 @@ def _show_folder(folder: Path) -> None:
             codec = load_codec(model)
             parts.append(("tokenizer", f"{codec.size:,} tokens, {codec.hash}"))
         if (model / "generation_config.json").is_file():
-            parts.append(("stops", str(artifacts.read_json(model / "generation_config.json").get("eos_token_id"))))
+            parts.append(("stops", str(reading.read_json(model / "generation_config.json").get("eos_token_id"))))
     views.show_record(str(folder), parts)

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from sftcli import console
-from sftcli.artifacts import json_line, open_output
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
 from sftcli.rows import REASONING, RESERVED, Document, encode_document
@@ -32,6 +31,7 @@ from sftcli.text.records import Conversation, read_record, renamed
 from sftcli.text.speaker import REASONING_FIELDS, Rendered, Speaker
 from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec, Encoded, Work
+from sftcli.writing import json_line, open_output
 
 BATCH_ROWS, BATCH_BYTES = 128, 1 << 18  # of input, whose texts are encoded in one call of the library
 PIECE_LINES = 32  # that are written at once

@@ -11,18 +11,8 @@ from typing import Any
 
 import torch
 
-from sftcli import artifacts, console, manifest, signals
-from sftcli.artifacts import (
-    ADAPTER,
-    METRICS,
-    MODEL,
-    RUN,
-    SAMPLES,
-    append_lines,
-    file_fingerprint,
-    fingerprint,
-    json_line,
-)
+from sftcli import artifacts, console, manifest, signals, writing
+from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint
 from sftcli.errors import CheckpointError, SftError, UsageError
 from sftcli.model import resume
 from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
@@ -55,6 +45,7 @@ from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.store import recall
 from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec
+from sftcli.writing import append_lines, json_line
 
 NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifacts.CHECKPOINTS, artifacts.BASE}
 NAMES |= {artifacts.RECIPE}
@@ -93,7 +84,7 @@ def _train(
 ) -> Outcome:
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
-    with artifacts.output_folder(output, NAMES) as run:
+    with writing.output_folder(output, NAMES) as run:
         _refuse(run, folder, resumed)
         job, where, done = _begun(options, source, folder, codec, run, resumed, world)
         _announce(job, where, done)
@@ -116,7 +107,7 @@ def _begun(
     world.meet()  # all have looked at the run, which the first now changes
     if world.first:
         for place in (run, run / artifacts.CHECKPOINTS):
-            artifacts.remove_leftovers(place)
+            writing.remove_leftovers(place)
     with open_rows(source, run, world) as (rows, where, inputs):
         check_rows(rows, shortened(folder.config, options.adapter), where)
         check_tokenizer(rows[0].tokenizer, codec.hash, where)
@@ -187,7 +178,7 @@ def _fit(job: Job, start: int) -> None:
     tokens = job.engine.world.least(tokens)
     if tokens < asked:
         job.options = job.options.model_copy(update={"micro_batch_tokens": tokens})
-        job.engine.world.from_first(lambda: artifacts.update_json(job.run / RUN, {"micro_batch_tokens": tokens}))
+        job.engine.world.from_first(lambda: writing.update_json(job.run / RUN, {"micro_batch_tokens": tokens}))
         console.warn(f"train: out of memory: micro_batch_tokens is {tokens:,}, not {asked:,}; the steps stay the same")
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sftcli.artifacts import read_bytes, read_json
 from sftcli.errors import CheckpointError, UsageError
+from sftcli.reading import read_bytes, read_json
 from sftcli.text.tokenizer import Codec
 from sftcli.text.vocabulary import W12, W12_CONTROLS, whitespace_tokenizer
 

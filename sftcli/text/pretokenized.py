@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from sftcli.artifacts import decode_json
 from sftcli.errors import DataError
+from sftcli.reading import decode_json
 from sftcli.rows import IGNORE, Document, Row, Segment, TokenId
 
 NEOX_PAD = 0  # GPT-NeoX pads text with 0 and labels with -100

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from sftcli.artifacts import decode_json
 from sftcli.errors import DataError
+from sftcli.reading import decode_json
 from sftcli.rows import Extra
 from sftcli.text.pretokenized import is_tokens
 

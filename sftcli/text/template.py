@@ -8,8 +8,9 @@ from typing import Any
 
 import jinja2
 
-from sftcli.artifacts import fingerprint, read_bytes
+from sftcli.artifacts import fingerprint
 from sftcli.errors import DataError, UsageError
+from sftcli.reading import read_bytes
 from sftcli.text.records import COMPLETION_NAMES
 from sftcli.text.sandbox import environment
 from sftcli.text.verbatim import writes_contents

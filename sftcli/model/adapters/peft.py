@@ -17,17 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sftcli import recipe
-from sftcli.artifacts import (
-    ADAPTER_CONFIG,
-    RUN,
-    adapter_folder,
-    atomic_folder,
-    file_fingerprint,
-    fingerprint,
-    model_and_adapter,
-    read_json,
-    write_json,
-)
+from sftcli.artifacts import ADAPTER_CONFIG, RUN, adapter_folder, file_fingerprint, fingerprint, model_and_adapter
 from sftcli.errors import CheckpointError
 from sftcli.model.adapters.lora import (
     HEAD,
@@ -52,7 +42,9 @@ from sftcli.model.checkpoint import ModelFolder, copy_companions, open_folder, s
 from sftcli.model.families import Stored, shapes_of
 from sftcli.model.gpt import GPT, GPTConfig
 from sftcli.model.tensorfile import read_entries, write_tensors
+from sftcli.reading import read_json
 from sftcli.recipe import Lora
+from sftcli.writing import atomic_folder, write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

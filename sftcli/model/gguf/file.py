@@ -11,8 +11,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from sftcli.artifacts import cannot_write
 from sftcli.errors import CheckpointError, UsageError
+from sftcli.writing import cannot_write
 
 KINDS = {"f16": 1, "bf16": 32, "q8_0": 7}  # general.file_type: "mostly" this
 BLOCK = 32  # weights of a Q8_0 block; it runs along a row
