@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, SAMPLES, run_in_process, run_process
 
 PACKAGE = ROOT / "sftcli"
+COMMON = {"common", "prompts", "training_job", "resuming", "divergence", "samples", "finishing"}  # of several stages
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # a module of our own may import these groups; "model" and "text" never meet
 MAY_IMPORT = {
@@ -48,11 +49,7 @@ def group_of(name):
     if len(parts) == 1:
         return "sftcli"
     if parts[1] == "stages":
-        return (
-            "common"
-            if parts[2:3] and parts[2] in ("common", "prompts", "training_job", "resuming", "divergence")
-            else "stages"
-        )
+        return "common" if parts[2:3] and parts[2] in COMMON else "stages"
     if parts[1] in ("cli", "exits", "flags", "tools", "__main__"):
         return "cli"
     return parts[1] if parts[1] in ("text", "model") else "basis"

@@ -358,7 +358,9 @@ def options_of(*settings):
 def test_run_lowers_the_loss_and_leaves_the_base_bit_for_bit(base, rows, tmp_path, mlp, monkeypatch):
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     held = {}
-    monkeypatch.setattr("sftcli.stages.train.save_adapter", lambda *a: held.update(model=a[0]) or peft.save_adapter(*a))
+    monkeypatch.setattr(
+        "sftcli.stages.finishing.save_adapter", lambda *a: held.update(model=a[0]) or peft.save_adapter(*a)
+    )
     settings = ("epochs=12", f"optimizer.lr={3e-2 if mlp else 0.3}", *([f"adapter.mlp={mlp}"] if mlp else []))
     outcome = train(options_of(*settings), rows, str(base), str(tmp_path / "run"))
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before

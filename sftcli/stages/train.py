@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -12,43 +12,28 @@ from typing import Any
 import torch
 
 from sftcli import artifacts, console, manifest, signals, writing
-from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN, SAMPLES, file_fingerprint, fingerprint
-from sftcli.errors import CheckpointError, SftError, UsageError
-from sftcli.model import resume
-from sftcli.model.adapters.peft import ADAPTER_WEIGHTS, save_adapter
+from sftcli.artifacts import ADAPTER, METRICS, MODEL, RUN
+from sftcli.errors import SftError, UsageError
 from sftcli.model.adapters.prefix import shortened
-from sftcli.model.checkpoint import DTYPES, ModelFolder, open_folder, save_model
+from sftcli.model.checkpoint import ModelFolder, open_folder
 from sftcli.model.dataset import check_rows, check_tokenizer
-from sftcli.model.decoding import Completion, decode
-from sftcli.model.flops import peak_of
-from sftcli.model.growth import Prompt, blanks_of_row
 from sftcli.model.memory import forward_tokens, keep_freed_memory
 from sftcli.model.probe import fitting_tokens
-from sftcli.model.processes import SHUTDOWN, World, collect, grace, is_worker, joined, together
+from sftcli.model.processes import SHUTDOWN, World, grace, is_worker, joined
 from sftcli.model.scoring import Totals, total_score
-from sftcli.model.tensorfile import weight_files
 from sftcli.model.training import Report, train_steps
-from sftcli.recipe import Generate, Lora, Train
-from sftcli.rows import IGNORE, Row
+from sftcli.recipe import Lora, Train
 from sftcli.stages.divergence import Spikes, refusal
+from sftcli.stages.finishing import finish
 from sftcli.stages.resuming import begin, save_checkpoint
-from sftcli.stages.training_job import (
-    Job,
-    Outcome,
-    blank_controls,
-    compare,
-    has_enough,
-    make_job,
-    open_rows,
-)
-from sftcli.text.folder import folder_template, load_codec, stop_ids
-from sftcli.text.store import recall
-from sftcli.text.template import Template
+from sftcli.stages.samples import answer_samples, samples_due
+from sftcli.stages.training_job import Job, Outcome, blank_controls, compare, has_enough, make_job, open_rows
+from sftcli.text.folder import load_codec
 from sftcli.text.tokenizer import Codec
 from sftcli.writing import append_lines, json_line
 
-NAMES = {artifacts.ROWS, artifacts.TOKENS, METRICS, MODEL, ADAPTER, RUN, artifacts.CHECKPOINTS, artifacts.BASE}
-NAMES |= {artifacts.RECIPE}
+NAMES = {artifacts.RECIPE, artifacts.BASE, artifacts.TOKENS, artifacts.ROWS, METRICS, artifacts.CHECKPOINTS}
+NAMES |= {MODEL, ADAPTER, RUN}
 ENDS_WITHIN = 25  # seconds after a signal
 
 
@@ -91,7 +76,7 @@ def _train(
         if not has_enough(job):  # else early stopping had ended the run that is resumed
             _fit(job, done)
             _loop(job, done)
-        return _finish(job, model)
+        return finish(job, model)
 
 
 def _begun(
@@ -239,8 +224,8 @@ def _follow(job: Job, report: Report) -> None:
     append_lines(job.engine.world.path(job.run / METRICS), _metrics(report, evaluation))
     if refused:
         raise refused
-    if _samples_due(options, step, evaluation, last):
-        _answer_samples(job, step)
+    if samples_due(options, step, evaluation, last):
+        answer_samples(job, step)
     if evaluation:
         compare(job, evaluation.loss, step)
 
@@ -283,121 +268,3 @@ def _progress(job: Job, report: Report, begin: float, start: int) -> str:
         f"train {report.step}/{job.plan.steps}  epoch {report.epoch:.1f}  loss {job.outcome.loss or 0:.3f}{held}  "
         f"{job.outcome.tokens / spent:,.0f} tokens/s  {console.clock(left)} left"
     )
-
-
-def _samples_due(options: Train, step: int, evaluation: Totals | None, last: bool) -> bool:
-    if not options.sample_rows:
-        return False
-    return step % options.sample_every == 0 or last if options.sample_every else evaluation is not None
-
-
-def _answer_samples(job: Job, step: int) -> None:
-    """Answer the first turn of a few held-out rows (training rows where there are none) into samples.jsonl."""
-    rows = job.eval_rows or (job.rows[i] for i in job.train_rows)
-    asked = list(islice(filter(None, map(_first_turn, rows)), job.options.sample_rows))
-    answers = _answers(job, [prompt for prompt, _ in asked])
-    for (prompt, reference), answer in zip(asked, answers, strict=True):
-        sample = {
-            "step": step,
-            "id": prompt.key,
-            "prompt": job.codec.decode(prompt.ids, keep_special=True),
-            "completion": job.codec.decode(answer.ids),
-            "reference": job.codec.decode(reference),
-            "finish_reason": answer.finish_reason,
-        }
-        append_lines(job.engine.world.path(job.run / SAMPLES), sample)
-
-
-def _answers(job: Job, prompts: list[Prompt]) -> list[Completion]:
-    options = Generate(max_new_tokens=job.options.sample_tokens)
-    found = []
-    with job.engine.autocast(), together(job.model):
-        for event in decode(job.model, prompts, options, job.stops or stop_ids(job.folder.path)):
-            job.engine.poll()
-            found += [event] if isinstance(event, Completion) else []
-    return sorted(found, key=lambda answer: answer.number)
-
-
-def _first_turn(row: Row) -> tuple[Prompt, list[int]] | None:
-    """(what comes before the first trained tokens, these tokens); a prompt has at least one token."""
-    start = next((t for t in range(1, len(row.labels)) if row.labels[t] != IGNORE), None)
-    if row.block_position_ids is not None and row.order is not None:
-        return blanks_of_row(row)
-    if start is None or row.order is not None:
-        return None
-    end = next((t for t in range(start, len(row.labels)) if row.labels[t] == IGNORE), len(row.labels))
-    return Prompt(row.input_ids[:start], row.id), row.input_ids[start:end]
-
-
-def _finish(job: Job, base: str) -> Outcome:
-    """Write the model folder or the adapter: the last weights, or the best ones under early stopping."""
-    if job.options.patience and job.best and job.best[1] != job.outcome.steps:
-        _load_best(job, job.best[1])
-        job.outcome.eval_loss = job.best[0]
-        console.note(f"train: keeping the weights of step {job.best[1]}, eval loss {job.best[0]:.4f}")
-    world, outcome = job.engine.world, job.outcome
-    collect(job.model, world)
-    outcome.model, outcome.sha256 = world.from_first(lambda: _written(_save(job, base)))
-    if outcome.skipped:
-        console.warn(f"train: {outcome.skipped:,} step(s) had no weight and were skipped")
-    reached = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
-    reached += "" if outcome.eval_loss is None else f", eval loss {outcome.eval_loss:.4f}"
-    wrote = f"wrote {outcome.model} (sha256 {outcome.sha256})"
-    if not outcome.tokens:  # a finished run was resumed
-        console.note(f"train: {wrote}")
-        return outcome
-    rate = outcome.tokens / max(outcome.seconds, 1e-9)
-    console.note(
-        f"train: {outcome.steps} steps in {console.clock(outcome.seconds)}{reached}, "
-        f"{rate:,.0f} tokens/s{_of_peak(job)}; {wrote}"
-    )
-    return outcome
-
-
-def _of_peak(job: Job) -> str:
-    """The share of what GPUs could multiply in bfloat16 that the run has multiplied."""
-    peak = peak_of(job.engine.device) if job.engine.dtype == torch.bfloat16 else None
-    if peak is None or not job.outcome.flop:
-        return ""
-    could = peak * job.engine.world.size * max(job.outcome.seconds, 1e-9)
-    return f" ({job.outcome.flop / could:.0%} of the GPU's FLOP/s)"
-
-
-def _load_best(job: Job, step: int) -> None:
-    folder = manifest.folder_of(job.run, step)
-    if damage := job.engine.world.from_first(lambda: manifest.damage_of(folder)):
-        raise CheckpointError(damage, hint="it held the best weights; the last ones are in the newest checkpoint")
-    resume.load_weights(folder, job.model)
-
-
-def _written(files: list[Path]) -> tuple[str, str]:
-    """The folder of weights, and their hash."""
-    hashes = [file_fingerprint(path) for path in files]
-    return str(files[0].parent), hashes[0] if len(hashes) == 1 else fingerprint(*hashes)
-
-
-def _save(job: Job, base: str) -> list[Path]:
-    """Write what was trained; returns the files of its weights."""
-    template, options = _template_of_rows(job), job.options
-    if not options.adapter:
-        dtype = None if options.save_dtype == "base" else DTYPES[options.save_dtype]
-        save_model(job.model, job.folder, job.run / MODEL, job.stops, template, dtype, options.shard_size)
-        return weight_files(job.run / MODEL)
-    stops = job.stops or stop_ids(job.folder.path)
-    extra = {"generation_config.json": json_line({"eos_token_id": stops})} if stops else {}
-    if template is not None:
-        extra["chat_template.jinja"] = template.encode()
-    save_adapter(job.model, job.folder, job.run / ADAPTER, options.adapter, base, extra)
-    return [job.run / ADAPTER / ADAPTER_WEIGHTS]
-
-
-def _template_of_rows(job: Job) -> str | None:
-    """The template that the rows were made with, or the folder's own where they do not say (or we do not know it)."""
-    made_with = job.rows[0].template
-    own = folder_template(job.folder.path)
-    if not made_with or (own and Template(own, "own", job.codec.specials).hash == made_with):
-        return own
-    kept = recall(f"{made_with}.jinja")
-    if kept is None:
-        console.warn(f"train: template {made_with} of the rows is not known here; the model folder keeps its own")
-    return kept.decode() if kept else own
