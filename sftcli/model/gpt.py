@@ -9,7 +9,7 @@ How tokens see each other is not decided here: forward takes an `Attention` (att
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,7 @@ from sftcli.recipe import Loss
 
 TOKEN_TYPES = 2  # that masked LM adds: the halves of a pair
 
-Joined = Callable[[Tensor], Sequence[Tensor]]  # layers with one input in one product (layout.py)
+Joined = Callable[[Tensor], Tensor]  # layers with one input in one product (layout.py): q | k | v, gate | up
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.sight, self.head_dim = config.sight(layer), config.head_dim
         self.clip, self.norms_heads = config.qkv_clip, config.qk_norm == "head"
+        self.plain = not config.qk_norm and config.qkv_clip is None  # nothing between the products and the rotation
+        self.counts = [config.heads, config.kv_heads, config.kv_heads]
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.width, queries, bias=config.qkv_bias)
         self.k = Linear(config.width, keys, bias=config.qkv_bias)
@@ -141,18 +143,31 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, attention: Attention, only: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self.joined(x) if self.joined else of_one_input(x, (self.q, self.k, self.v))
-        if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        if not self.norms_heads:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (..., H or G, D)
-        if self.norms_heads:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate_(q, rotary), rotate_(k, rotary)
+        if self.joined and self.plain:
+            heads = self.joined(x).unflatten(-1, (-1, self.head_dim))  # (..., H + 2 G, D)
+            if rotary is not None:  # decoding feels each call: q and k at once
+                rotate_(heads[..., : -self.counts[-1], :], rotary)
+            q, k, v = heads.split(self.counts, -2)
+        else:
+            q, k, v = self._projected(x)
+            if rotary is not None:
+                q, k = rotate_(q, rotary), rotate_(k, rotary)
         mixed = attention(self.sight, q, k, v).flatten(-2)
         return self.o(mixed if only is None else mixed[only])
+
+    def _projected(self, x: Tensor) -> list[Tensor]:
+        """q (..., H, D), k and v (..., G, D)."""
+        sizes = [count * self.head_dim for count in self.counts]
+        parts = self.joined(x).split(sizes, -1) if self.joined else of_one_input(x, (self.q, self.k, self.v))
+        if self.clip is not None:
+            parts = [t.clamp(-self.clip, self.clip) for t in parts]
+        q, k, v = parts
+        if not self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]
 
 
 class MLP(nn.Module):
@@ -167,7 +182,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
-        gate, up = self.joined(x) if self.joined else of_one_input(x, (self.gate, self.up))
+        gate, up = self.joined(x).chunk(2, -1) if self.joined else of_one_input(x, (self.gate, self.up))
         return of_one_input(gated(gate, up, self.activation), (self.down,))[0]
 
 

@@ -6,7 +6,6 @@ however many rows there are, also on processors whose sums of two products have 
 FBGEMM multiplies them where torch has it, else oneDNN.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -28,11 +27,10 @@ Products = Callable[[Tensor], Tensor]  # of the nearest whole numbers (N, in) ->
 
 
 class Int8Linear(nn.Module):
-    """Linear layers with one input, from whole numbers: y = scale * (W x), W (out, in) int8, scale (out,)."""
+    """Linear layers of one input side by side, in whole numbers: y = scale * (W x), W (out, in) int8, scale (out,)."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
         super().__init__()
-        self.sizes = [layer.out_features for layer in layers]
         parts = [quantized(weight_of(layer)) for layer in layers]
         make = exact_products()
         self.products = make(torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts]))
@@ -49,16 +47,13 @@ class Int8Linear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         """scale * W x (T, out) of x (T, in), digit by digit."""
-        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+        largest = x.abs().amax(-1, keepdim=True)
         steps = torch.addcmul(self.least, largest, self.shares)  # (2, T, 1), of a high digit and of a low one
         digits = torch.div(x, steps)  # (2, T, in)
         high, low = digits.unbind()
         low.add_(high.round_(), alpha=-BASE)
-        of_high, of_low = self.products(digits.flatten(0, 1)).view(2, x.shape[0], sum(self.sizes)).unbind()
+        of_high, of_low = self.products(digits.flatten(0, 1)).chunk(2)  # (T, out) each
         return of_low.add_(of_high, alpha=BASE).mul_(steps[1])
-
-    def joined(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.split_with_sizes(self(x), self.sizes, -1)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

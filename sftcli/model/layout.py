@@ -44,22 +44,18 @@ class Product:
     memory. `twice`: it may have a copy of the weights."""
 
     def __init__(self, layers: Sequence[nn.Linear], rows: int, twice: bool):
-        self.sizes = [layer.out_features for layer in layers]
         weight = torch.cat([layer.weight.data for layer in layers]) if len(layers) > 1 else layers[0].weight.data
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         plain = not _has_layouts(weight)
         self.weight = weight.contiguous() if plain or twice or prefers_onednn() else transposed(weight)
         self.multiply = _stored(self.weight, bias) if plain else _fastest(self.weight, bias, rows, twice)
-        for layer, part in zip(layers, self.weight.split(self.sizes), strict=True):
+        for layer, part in zip(layers, self.weight.split([layer.out_features for layer in layers]), strict=True):
             layer.weight.data = part
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out of all layers)"""
         return self.multiply(x)
-
-    def joined(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.split_with_sizes(self.multiply(x), self.sizes, -1)
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -171,7 +167,7 @@ def _lay_out(
         made = pool.map(lambda layers: Product(layers, rows, twice), groups)
     products = {layers[0]: product for layers, product in zip(groups, made, strict=True)}
     for module, layers in joined:
-        module.joined = products[layers[0]].joined
+        module.joined = products[layers[0]]
     for layer in alone:
         if isinstance(layer, Linear) and layer in products:
             layer.product = products[layer]
@@ -183,7 +179,7 @@ def _quantize(
     model: GPT, joined: Sequence[tuple[SelfAttention | MLP, list[Linear]]], alone: dict[str, nn.Linear]
 ) -> None:
     for module, layers in joined:
-        module.joined = Int8Linear(layers).joined
+        module.joined = Int8Linear(layers)
         for one in layers:  # the model reads them no more
             one.weight = nn.Parameter(one.weight[:0], requires_grad=False)
     for name, layer in alone.items():

@@ -154,4 +154,4 @@ def rotary_table(rope: Rope, positions: Tensor, lengths: Tensor | None = None) -
 
 def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate the first `dim` numbers of every head of x (..., heads, D), in place: room for another is dear."""
-    return turned_(x, table.cos.to(x.dtype), table.sin.to(x.dtype), table.interleaved)
+    return turned_(x, table.cos.type_as(x), table.sin.type_as(x), table.interleaved)
