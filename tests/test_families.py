@@ -212,6 +212,21 @@ def test_buffers_of_older_files_are_no_weights(name, tmp_path):
     assert_close(row_logits(model_of(folder), IDS), built(name).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
+def test_buffers_may_be_stored_as_no_weight_is(dtype, tmp_path):
+    mask = torch.ones(1, 1, 4, 4, dtype=dtype)  # Pythia's are bytes
+    folder = changed_weights("gpt_neox", tmp_path / "old", **dict.fromkeys(BUFFERS["gpt_neox"], mask))
+    assert_close(row_logits(model_of(folder), IDS), built("gpt_neox").logits)
+
+
+def test_weights_stored_as_whole_numbers_are_refused(tmp_path):
+    name = "gpt_neox.layers.0.attention.dense.weight"
+    whole = torch.ones(32, 32, dtype=torch.int64)
+    with pytest.raises(CheckpointError, match=f"{name} is stored as I64") as caught:
+        model_of(changed_weights("gpt_neox", tmp_path / "whole", **{name: whole}))
+    assert caught.value.hint == "only F32, BF16, F16 can be loaded"
+
+
 def test_head_of_neox_has_two_names(tmp_path):
     folder = changed_weights("gpt_neox", tmp_path / "renamed", renamed=[("embed_out.weight", "lm_head.weight")])
     assert_close(row_logits(model_of(folder), IDS), built("gpt_neox").logits)
@@ -226,6 +241,48 @@ def test_missing_and_unknown_tensors_are_refused_by_name(name, tmp_path):
     unknown = missing.replace("weight", "lora")
     with pytest.raises(CheckpointError, match=unknown):
         model_of(changed_weights(name, tmp_path / "unknown", **{unknown: torch.ones(2)}))
+
+
+# ---- keys of config.json that change what the weights mean, or do not
+
+KEYS = [
+    ("mistral", {"layer_types": ["sliding_attention", "full_attention"] * 2}),  # Ministral
+    ("olmo3", {"hidden_act": "gelu"}),
+    ("gemma2", {"hidden_activation": "gelu"}),
+    ("gemma3_text", {"hidden_activation": "gelu"}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("olmo3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("llama", {"pretraining_tp": 2}),  # Llama 2: how it was trained
+    ("llama", {"partial_rotary_factor": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), KEYS, ids=str)
+def test_a_changed_key_changes_logits_as_in_transformers(name, keys, transformers, tmp_path):
+    folder = shutil.copytree(built(name).path, tmp_path / "changed")
+    change_config(folder, **keys)
+    kind = transformers.AutoModelForCausalLM
+    theirs = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    expected = their_logits(theirs, IDS)
+    assert_close(row_logits(model_of(folder), IDS), expected)
+    assert torch.equal(expected, built(name).logits) == (name == "llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llama", "partial_rotary_factor", 0.5),
+        ("gemma3_text", "attn_logit_softcapping", 2.0),
+        ("gemma2", "attn_logit_softcapping", 0.0),
+        ("granite", "attention_multiplier", 0.0),
+        ("olmo3", "hidden_act", "mish"),
+    ],
+)
+def test_values_that_transformers_does_not_follow_or_nobody_can_are_refused_by_name(name, key, value, tmp_path):
+    folder = shutil.copytree(built(name).path, tmp_path / "changed")
+    change_config(folder, **{key: value})
+    with pytest.raises(CheckpointError, match=key):
+        open_folder(folder)
 
 
 # ---- greedy generation

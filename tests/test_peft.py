@@ -190,9 +190,10 @@ EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in"}
 
 @pytest.mark.parametrize("case", TIED)
 @pytest.mark.parametrize("saved", [["lm_head"], ["embedding"], ["embedding", "lm_head"]], ids=str)
-def test_tied_matrix_trained_by_peft_as_one_or_two_gives_its_logits_here(oracle, case, saved, tmp_path):
+@pytest.mark.parametrize("ties", [False, True])
+def test_tied_matrix_trained_by_peft_as_one_or_two_gives_its_logits_here(oracle, case, saved, ties, tmp_path):
     modules = [EMBEDDING[family_of_case(case)] if name == "embedding" else name for name in saved]
-    options = {"target_modules": QV[family_of_case(case)], "modules_to_save": modules}
+    options = {"target_modules": QV[family_of_case(case)], "modules_to_save": modules, "ensure_weight_tying": ties}
     path, expected = theirs_of(oracle, build(case, tmp_path / "base"), tmp_path, options)
     folder = open_folder(tmp_path / "base")
     same(row_logits(ours_on(folder, path), IDS), expected)

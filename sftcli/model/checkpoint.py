@@ -18,10 +18,12 @@ from sftcli.model.gpt import GPT, TOKEN_TYPES, GPTConfig
 from sftcli.model.shards import held, rows_held
 from sftcli.model.tensorfile import (
     EXTRA,
+    STORED,
     Entry,
     bytes_of,
     read_entries,
     read_tensors,
+    refuse_other_than_weights,
     weight_files,
     write_shards,
     write_tensors,
@@ -110,7 +112,7 @@ def _with_optional(folder: ModelFolder) -> GPTConfig:
     """The config, with what the family's files may lack switched on where this one has it."""
     if not folder.family.optional:
         return folder.config
-    held = {folder.family.upstream_name(entry.name) for path in folder.files for entry in read_entries(path)}
+    held = {folder.family.upstream_name(entry.name) for path in folder.files for entry in read_entries(path, STORED)}
     switches: dict[str, Any] = {switch: name in held for name, switch in folder.family.optional.items()}
     return replace(folder.config, **switches)
 
@@ -171,7 +173,7 @@ def _checked_entries(folder: ModelFolder) -> dict[str, Entry]:
     shapes = shapes_of(config)
     found: dict[str, Entry] = {}
     for path in folder.files:
-        for entry in read_entries(path):
+        for entry in read_entries(path, STORED):  # old buffers are bytes or whole numbers
             name = family.upstream_name(entry.name)
             if name in wanted:
                 _check_shape(wanted[name], entry, shapes)
@@ -179,6 +181,7 @@ def _checked_entries(folder: ModelFolder) -> dict[str, Entry]:
                 continue
             elif not (config.tied and name == family.head):  # a copy that tying makes
                 raise CheckpointError(f"{path}: tensor {entry.name} has no place in the model")
+            refuse_other_than_weights(entry)
             if name in found:
                 raise CheckpointError(f"{path}: tensor {entry.name} is stored twice")
             found[name] = entry

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from sftcli.errors import CheckpointError
-from sftcli.model.tensorfile import NAMES, Entry, memory_of, read_entries
-
-STORED = {name: dtype for dtype, name in NAMES.items()}
+from sftcli.model.tensorfile import STORED, Entry, memory_of, read_entries
 
 
 def is_shared_out(tensor: Tensor) -> bool:

@@ -28,6 +28,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # and what only checkpoints hold
 NAMES |= {torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+STORED = {name: dtype for dtype, name in NAMES.items()}
 EXTRA = "extra.safetensors"  # what an objective adds to a model
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -91,10 +92,19 @@ def read_entries(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list
 
 def _dtype(path: Path, name: str, dtype: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     if dtype not in dtypes:
-        raise CheckpointError(
-            f"{path}: tensor {name} is stored as {dtype}", hint=f"only {', '.join(dtypes)} can be loaded"
-        )
+        raise _unloadable(path, name, dtype, dtypes)
     return dtypes[dtype]
+
+
+def refuse_other_than_weights(entry: Entry) -> None:
+    """Raises CheckpointError for a tensor that is stored as no weights are."""
+    if entry.dtype not in DTYPES.values():
+        raise _unloadable(entry.path, entry.name, NAMES[entry.dtype], DTYPES)
+
+
+def _unloadable(path: Path, name: str, dtype: str, dtypes: Iterable[str]) -> CheckpointError:
+    hint = f"only {', '.join(dtypes)} can be loaded"
+    return CheckpointError(f"{path}: tensor {name} is stored as {dtype}", hint)
 
 
 def read_tensors(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor]]:

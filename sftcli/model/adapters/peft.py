@@ -65,7 +65,6 @@ class LoraAdapter:
     options: Lora
     sites: list[Site]
     saved: dict[str, Stored | None]  # key -> the base's tensor that it replaces; None: the head of a tied model
-    ties: bool  # whether a trained embedding is the head, too
 
 
 Adapter = LoraAdapter | PrefixAdapter
@@ -92,8 +91,7 @@ def open_adapter(path: str, folder: ModelFolder) -> Adapter:
             raise CheckpointError(f"{place}: {layer} is no linear layer of {folder.path}, which has {names}")
         _check_site(place, sites[layer], options, found, folder.config)
     replaced = {key: _replaced(place, name, shapes[key], folder) for key, name in saved.items()}
-    ties = bool(config.get("ensure_weight_tying"))
-    return LoraAdapter(place, options, [sites[name] for name in parts], replaced, ties)
+    return LoraAdapter(place, options, [sites[name] for name in parts], replaced)
 
 
 def _shapes(place: Path) -> dict[str, tuple[int, ...]]:
@@ -269,7 +267,7 @@ def _parts_embedding_and_head(adapter: LoraAdapter, tensors: Mapping[str, Tensor
     embedding = [tensors[k] for k, stored in adapter.saved.items() if stored and stored.ours == ("embedding.weight",)]
     if head and embedding:
         return not torch.equal(head[0], embedding[0])
-    return bool(head or embedding) and not adapter.ties
+    return bool(head or embedding)
 
 
 # ---- out

@@ -56,11 +56,11 @@ def positive(config: dict[str, Any], key: str, default: float | None = None) -> 
     return value
 
 
-def optional_number(config: dict[str, Any], key: str, default: float | None = None) -> float | None:
-    """A number, or None where the key says null; an absent key is the default."""
+def limit(config: dict[str, Any], key: str, default: float | None = None) -> float | None:
+    """A number above 0, or None where the key says null; an absent key is the default."""
     if key not in config:
         return default
-    return None if config[key] is None else number(config, key)
+    return None if config[key] is None else positive(config, key)
 
 
 def switch(config: dict[str, Any], key: str, default: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Gemma: norms scale by 1 + w, embeddings by sqrt(width), the gate is GELU (tanh), always."""
+"""Gemma: norms scale by 1 + w, embeddings by sqrt(width), the gate is GELU (tanh); in the first one always."""
 
 from typing import Any
 
@@ -12,16 +12,13 @@ from sftcli.model.gpt import GPTConfig
 GELUS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # "gelu" in old configs means the tanh form, too
 
 
-def switches(config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def switches(config: dict[str, Any], found: dict[str, Any], activation: str = "gelu_tanh") -> dict[str, Any]:
     """What all Gemmas have in common."""
-    for key in ("hidden_activation", "hidden_act"):
-        if config.get(key) is not None and config[key] not in GELUS:
-            raise CheckpointError(f"config.json: {key} = {config[key]!r} is not supported")
     refuse(config, use_bidirectional_attention=(None, False))
     biased = switch(config, "attention_bias", False)
     return llama_switches(config | {"hidden_act": None}, found, tied=True) | {
         "norm": "rms_plus_one",
-        "activation": "gelu_tanh",
+        "activation": activation,
         "embedding_scale": found["width"] ** 0.5,
         "qkv_bias": biased,
         "output_bias": biased,
@@ -29,6 +26,9 @@ def switches(config: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
+    for key in ("hidden_activation", "hidden_act"):
+        if config.get(key) is not None and config[key] not in GELUS:
+            raise CheckpointError(f"config.json: {key} = {config[key]!r} is not supported")
     return GPTConfig(**switches(config, sizes(config, context=8192, kv_heads=16, head_dim=256)))
 
 

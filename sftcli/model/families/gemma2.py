@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, gemma
-from sftcli.model.families.config import layer_types, optional_number, positive, sizes, windows
+from sftcli.model.families.config import activation, layer_types, limit, positive, sizes, windows
 from sftcli.model.families.llama import ATTENTION, MLP, OUTSIDE, SANDWICH
 from sftcli.model.gpt import GPTConfig
 
@@ -12,12 +12,12 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     found = sizes(config, context=8192, kv_heads=4, head_dim=256)
     default = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(found["layers"])]
     return GPTConfig(
-        **gemma.switches(config, found),
+        **gemma.switches(config, found, activation(config, "hidden_activation", "gelu_pytorch_tanh")),
         placement="sandwich",
         windows=windows(config, layer_types(config, found["layers"], default), default=4096),
         attention_scale=positive(config, "query_pre_attn_scalar", 256) ** -0.5,
-        attention_cap=optional_number(config, "attn_logit_softcapping", 50.0),
-        logit_cap=optional_number(config, "final_logit_softcapping", 30.0),
+        attention_cap=limit(config, "attn_logit_softcapping", 50.0),
+        logit_cap=limit(config, "final_logit_softcapping", 30.0),
     )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, gemma
-from sftcli.model.families.config import layer_types, optional_number, positive, size, sizes, windows
+from sftcli.model.families.config import activation, layer_types, limit, positive, refuse, size, sizes, windows
 from sftcli.model.families.llama import ATTENTION, MLP, OUTSIDE, QK_NORMS, SANDWICH
 from sftcli.model.families.ropes import reach, read_rope_of
 from sftcli.model.gpt import GPTConfig
@@ -21,8 +21,9 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         kind: read_rope_of(config, kind, found["head_dim"], theta=theta, theta_key=key, scaled=scaled)
         for kind, (theta, key, scaled) in keys.items()
     }
+    refuse(config, attn_logit_softcapping=(None,))  # transformers keeps the key and caps nothing
     one_rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": None}  # read above
-    common = gemma.switches(config | one_rope, found) | {
+    common = gemma.switches(config | one_rope, found, activation(config, "hidden_activation", "gelu_pytorch_tanh")) | {
         "context": reach(ropes["full_attention"], found["context"]),
         "ropes": tuple(ropes[kind] for kind in kinds),
     }
@@ -32,8 +33,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         qk_norm="head",
         windows=windows(config, kinds, default=4096),
         attention_scale=positive(config, "query_pre_attn_scalar", 256) ** -0.5,
-        attention_cap=optional_number(config, "attn_logit_softcapping"),
-        logit_cap=optional_number(config, "final_logit_softcapping"),
+        logit_cap=limit(config, "final_logit_softcapping"),
     )
 
 

@@ -17,7 +17,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         mlp_bias=switch(config, "mlp_bias", False),
         embedding_scale=number(config, "embedding_multiplier", 1.0),
         residual_scale=number(config, "residual_multiplier", 1.0),
-        attention_scale=number(config, "attention_multiplier", 1.0),
+        attention_scale=positive(config, "attention_multiplier", 1.0),
         logit_scale=1.0 / positive(config, "logits_scaling", 1.0),
     )
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import activation, positive, refuse, sizes, switch
+from sftcli.model.families.config import activation, positive, sizes, switch
 from sftcli.model.families.ropes import read_rope, turning
 from sftcli.model.gpt import GPTConfig
 
@@ -23,9 +23,15 @@ SANDWICH: Modules = {
 }
 
 
-def switches(config: dict[str, Any], found: dict[str, Any], eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
-    """What Llama-like families have in common: sizes, RMSNorm, SwiGLU, one rope for all layers."""
-    rope = read_rope(config, found["head_dim"])
+def switches(
+    config: dict[str, Any],
+    found: dict[str, Any],
+    eps: float = 1e-6,
+    tied: bool = False,
+    fraction: float | None = None,
+) -> dict[str, Any]:
+    """What Llama-like families have in common: sizes, RMSNorm, SwiGLU, one rope for all layers (see `read_rope`)."""
+    rope = read_rope(config, found["head_dim"], fraction)
     return {
         **turning(found, rope),
         "norm": "rms",
@@ -36,7 +42,6 @@ def switches(config: dict[str, Any], found: dict[str, Any], eps: float = 1e-6, t
 
 
 def read_config(config: dict[str, Any]) -> GPTConfig:
-    refuse(config, pretraining_tp=(1,))
     biased = switch(config, "attention_bias", False)
     return GPTConfig(
         **switches(config, sizes(config)),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family
-from sftcli.model.families.config import optional_number, sizes, switch
+from sftcli.model.families.config import limit, sizes, switch
 from sftcli.model.families.llama import ATTENTION, MLP, NORMS, OUTSIDE, switches
 from sftcli.model.gpt import GPTConfig
 
@@ -13,7 +13,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     biased = switch(config, "attention_bias", False)
     return GPTConfig(
         **switches(config, found) | {"norm": "layer_bare", "norm_eps": 1e-5},
-        qkv_clip=optional_number(config, "clip_qkv"),
+        qkv_clip=limit(config, "clip_qkv"),
         qkv_bias=biased,
         output_bias=biased,
     )

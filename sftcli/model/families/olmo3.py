@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, olmo2
-from sftcli.model.families.config import layer_types, positive, sizes, switch, windows
+from sftcli.model.families.config import activation, layer_types, positive, sizes, switch, windows
 from sftcli.model.families.ropes import reach, read_rope_of
 from sftcli.model.gpt import GPTConfig
 
@@ -21,6 +21,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
         **common,
         norm="rms",
         norm_eps=positive(config, "rms_norm_eps", 1e-5),
+        activation=activation(config, "hidden_act", "silu"),
         ropes=tuple(ropes[kind] for kind in kinds),
         windows=windows(config, kinds, default=4096),
         tied=switch(config, "tie_word_embeddings", False),

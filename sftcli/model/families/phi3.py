@@ -18,7 +18,7 @@ ATTENTION: Modules = {
 def read_config(config: dict[str, Any]) -> GPTConfig:
     found = sizes(config, context=4096)
     known = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096} | config
-    common = switches(known, found, eps=1e-5)
+    common = switches(known, found, eps=1e-5, fraction=1.0)
     scaling = common["ropes"][0].scaling
     if scaling is not None and not isinstance(scaling, LongRope):
         raise CheckpointError("config.json: Phi 3 scales RoPE by longrope only")

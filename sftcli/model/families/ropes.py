@@ -12,18 +12,28 @@ from sftcli.model.rope import Dynamic, Linear, Llama3, LongRope, Rope, Scaling, 
 def read_rope(
     config: dict[str, Any],
     head_dim: int,
+    fraction: float | None = None,
     *,
     theta: float = 10000.0,
-    fraction: float = 1.0,
     interleaved: bool = False,
     theta_key: str = "rope_theta",
     fraction_key: str = "partial_rotary_factor",
 ) -> Rope:
-    """The one rope of a config; `theta` and `fraction` are the family's defaults."""
+    """The one rope of a config; `theta` and `fraction` are the family's defaults, None: it turns all of each head,
+    and a config that says otherwise is refused."""
     here = dict(_object(config, "rope_scaling") or _object(config, "rope_parameters"))  # in transformers' order
     here.setdefault("rope_theta", config.get(theta_key))
     here.setdefault("partial_rotary_factor", config.get(fraction_key))
-    return rope_from(here, config, head_dim, theta, fraction, interleaved)
+    if fraction is None:
+        _refuse_fraction(here)
+    return rope_from(here, config, head_dim, theta, fraction or 1.0, interleaved)
+
+
+def _refuse_fraction(parameters: dict[str, Any]) -> None:
+    """transformers has the key read by some ways to scale and by no model of these families: there is no right way."""
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        told = parameters["partial_rotary_factor"]
+        raise CheckpointError(f"config.json: partial_rotary_factor = {told!r} is not supported in this family")
 
 
 def read_rope_of(
@@ -36,8 +46,9 @@ def read_rope_of(
     nested = _object(config, "rope_parameters")
     if nested and "full_attention" not in nested:
         raise CheckpointError("config.json: rope_parameters does not tell full_attention from sliding_attention")
-    here = dict(_object(nested, kind) if kind in nested else _object(config, "rope_scaling") if scaled else {})
+    here = _object(nested, kind) | (_object(config, "rope_scaling") if scaled else {})
     here.setdefault("rope_theta", config.get(theta_key))
+    _refuse_fraction(here)
     return rope_from(here, config, head_dim, theta, 1.0, False)
 
 
