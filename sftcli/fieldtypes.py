@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 
 def listed(value: Any) -> Any:
@@ -30,14 +30,22 @@ def _controls(value: Any) -> Any:
     return list(OBJECTIVE_CONTROLS[value]) if value in ("glm", "bert") else listed(value)
 
 
+def _above_zero(size: str) -> str:
+    if not set(size) & set("123456789"):
+        raise ValueError("expected more than 0")
+    return size
+
+
 GLM_CONTROLS = ("[MASK]", "[sMASK]", "[gMASK]", "<|startofpiece|>", "<|endofpiece|>")
 MASKED_LM_CONTROLS = {"cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 OBJECTIVE_CONTROLS = {"glm": GLM_CONTROLS, "bert": tuple(MASKED_LM_CONTROLS.values())}
 Controls = Annotated[list[str], BeforeValidator(_controls)]
 Files = Annotated[list[str], BeforeValidator(listed)]
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=1 << 40)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 Share = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$"), AfterValidator(_above_zero)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -53,6 +61,6 @@ def _numbers(value: Any) -> Any:
     return str(value).split(",") if isinstance(value, str | int) else value
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Spans = Annotated[list[tuple[Count, Count]], BeforeValidator(_spans)]
 Numbers = Annotated[list[Count], BeforeValidator(_numbers)]

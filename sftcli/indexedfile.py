@@ -40,13 +40,14 @@ def write_indexed(path: str, rows: Iterable[tuple[list[int], list[int]]]) -> int
         def opened(end: str) -> IO[bytes]:
             return stack.enter_context(atomic_file(f"{name}{end}"))
 
+        indexes = [opened(".idx"), opened(f"{LABELS}.idx")]  # first in, last out: no index without what it is of
         text, label = opened(".bin"), opened(f"{LABELS}.bin")
         for ids, labels in rows:
             text.write(_bytes("i", ids))
             label.write(_bytes("i", labels))
             lengths.append(len(ids))
-        for end in (".idx", f"{LABELS}.idx"):
-            opened(end).write(_index(lengths))
+        for file in indexes:
+            file.write(_index(lengths))
     return len(lengths)
 
 

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sftcli.fieldtypes import Columns, Controls, Count, Files, Numbers, Positive, Seed, Share, Spans, kind
+from sftcli.fieldtypes import Columns, Controls, Count, Decay, Files, Numbers, Positive, Seed, Share, Size, Spans, kind
 
 
 class Options(BaseModel):
-    """A section: unknown keys are errors."""
+    """A section: unknown keys are errors, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=False)
+    model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
 
 class Init(Options):
@@ -153,7 +153,7 @@ class AdamW(Options):
 
     kind: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | None = None  # None: 1e-3 from nothing, 2e-5 pretrained, 2e-4 an adapter
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
 
@@ -164,7 +164,7 @@ class Muon(Options):
     kind: Literal["muon"] = "muon"
     lr: Annotated[float, Field(gt=0)] | None = None
     momentum: Share = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
 
@@ -228,9 +228,9 @@ class Loss(Options):
 
     reduction: Literal["token", "example", "turn"] = "token"  # what counts the same: each token, row or turn
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label that is spread over all tokens
-    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # times logsumexp^2; 1e-4 is usual
+    z_loss: Annotated[float, Field(ge=0)] = 0.0  # times logsumexp^2; 1e-4 is usual
     dft: bool = False  # a token's weight times its probability
-    neftune: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # alpha of the noise on embeddings; 5 is usual
+    neftune: Annotated[float, Field(ge=0)] = 0.0  # alpha of the noise on embeddings; 5 is usual
 
 
 class Prefix(Options):
@@ -292,7 +292,7 @@ class Train(Options):
     keep: Positive = 2
     allow_data_change: bool = False  # resumed with other rows: from there on they are trained
     save_dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"  # of the model; base: as it was stored
-    shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?(KB|MB|GB)$")] = "5GB"
+    shard_size: Size = "5GB"
 
     @model_validator(mode="after")
     def choices_fit(self) -> "Train":

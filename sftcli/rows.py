@@ -37,7 +37,7 @@ def own_turns(segments: Sequence[Segment]) -> list[Segment]:
         if not segment.own:
             continue
         if reasoned and reasoned.end == segment.start:
-            found[-1] = Segment(reasoned.start, segment.end, segment.role, True, segment.weight)
+            found[-1] = Segment(found[-1].start, segment.end, segment.role, True, segment.weight)
         else:
             found.append(segment)
         reasoned = segment if segment.role == REASONING else None

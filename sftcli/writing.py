@@ -21,11 +21,16 @@ LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves h
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is complete and on disk; devices and pipes are written to."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with open(path, "wb") as file:
-            yield file
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        try:
+            with open(path, "wb") as file:
+                yield file
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cannot_write(path, error) from None
         return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
@@ -99,8 +104,32 @@ def remove_leftovers(folder: Path) -> None:
             _delete(path)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises UsageError where another process is inside of this. The system ends the lock with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another process is training in {folder}", hint="wait for it, or another -o") from None
+    except OSError:  # not on this disk
+        return
+
+
 def cannot_write(path: str | Path, error: OSError) -> SftError:
-    return SftError(f"cannot write {path}: {error.strerror}", Exit.WRITE)
+    return SftError(f"cannot write {path}: {error.strerror or error}", Exit.WRITE)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -275,9 +275,23 @@ def test_a_control_token_belongs_to_no_sentence():
     text = {1: "a", 2: ".", 3: "b", 4: "<s>", 5: "c"}
     assert sentences([1, 3, 2, 3, 4, 4, 3, 5], text.__getitem__, {4}) == [(1, 3), (3, 4), (6, 7)]
     assert sentences([1, 2], text.__getitem__, {4}) == []
+    assert sentences([1], text.__getitem__, {4}) == []
 
 
-# ---- what is refused
+# ---- what is dropped, and refused
+
+
+def test_a_turn_that_makes_no_row_takes_no_other_row_with_it(sft, lines):
+    own, asked = ["assistant", True, 1.0], ["user", False, 1.0]
+    first = {"input_ids": [5, 6, 7, 8, 9], "segments": [[0, 2, *own], [2, 3, *asked], [3, 5, *own]]}
+    long = {"input_ids": list(range(5, 15)), "segments": [[1, 2, *own], [4, 5, *own], [8, 10, *own]]}
+    data = lines(*({"id": str(i), "tokenizer": None, "template": None} | d for i, d in enumerate((first, long))))
+    result = sft("mask", data, "--objective", "glm", "--level", "sft", *MARKS, "--max-length", 7)
+    assert [row["id"] for row in result.rows] == ["0", "1", "1"]
+    assert "2 rows in, 3 kept, 0 cut, 1 dropped (1 too long" in result.err
+    assert "25% of the rows were dropped" in result.err
+    nothing = lines({"id": "x", "tokenizer": None, "template": None} | first | {"segments": [[0, 5, *own]]})
+    assert "nothing before the answer" in sft("mask", nothing, "--objective", "glm", "--level", "sft", *MARKS).err
 
 
 def test_texts_that_are_too_short_are_dropped_and_counted(sft, lines):

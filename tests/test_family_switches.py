@@ -275,7 +275,7 @@ def test_absent_keys_mean_what_transformers_says(name, keys, tmp_path):
         ("phi", {"qk_layernorm": True}, "qk_layernorm"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma2", {"hidden_activation": "silu"}, "silu"),
+        ("gemma2", {"hidden_activation": "mish"}, "mish"),
         ("minimind", {"use_moe": True}, "use_moe"),
         ("olmo3", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),

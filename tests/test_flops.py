@@ -12,7 +12,7 @@ from sftcli.model.checkpoint import open_folder
 from sftcli.model.flops import PEAKS, Work, peak_of, seen_by_all, work_of
 from sftcli.model.training import Engine, accumulate
 from sftcli.recipe import Lora
-from sftcli.stages import train as stage
+from sftcli.stages import finishing as stage
 
 LENGTHS = (6, 9, 6, 14)
 IN_PLACE = {torch.ops.aten.addmm_: lambda own, a, b, **_: mm_flop(a, b)}  # which torch's counter leaves out

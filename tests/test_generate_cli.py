@@ -17,9 +17,11 @@ from model_fixtures import (
 
 from sftcli.cli import app
 from sftcli.errors import CheckpointError, DataError, Exit, UsageError
+from sftcli.model.decoding import Completion
 from sftcli.recipe import Generate, Init
-from sftcli.stages.generate import complete
+from sftcli.stages.generate import TAIL, _line, _text_stops, complete
 from sftcli.stages.init import init
+from sftcli.stages.prompts import Asked
 from sftcli.text.folder import load_codec
 
 QUESTIONS = [
@@ -142,6 +144,33 @@ def test_stop_text_ends_a_row_and_is_cut_off(folder, prompts, tmp_path):
     assert any(stopped)
     assert all(line["finish_reason"] == "stop" for line, ended in zip(found, stopped, strict=True) if ended)
     assert all(len(a["completion_ids"]) <= len(b["completion_ids"]) for a, b in zip(found, free, strict=True))
+
+
+def test_a_stop_text_is_found_where_each_of_its_bytes_is_a_token(folder):
+    codec = load_codec(folder)
+    for stop in ("请回答以下的几个问题", "🙂🙃🙂🙃🙂🙃"):
+        ids = codec.tokenizer.encode(f"ab{stop}").ids
+        assert len(ids) > len(stop) + TAIL // 2
+        found = _text_stops(codec, ["other", stop])
+        assert found(ids) and not found(ids[:-1])
+
+
+@pytest.mark.parametrize("stops", [["Q:", "\nQ:"], ["\nQ:", "Q:"]])
+def test_of_several_stop_texts_the_first_in_the_text_cuts_it(folder, stops):
+    codec = load_codec(folder)
+    asked = Asked({}, None, 0, [])
+    done = Completion(0, codec.tokenizer.encode("answer\nQ: more").ids, "stop")
+    line = json.loads(_line(asked, done, codec, stops, Generate(), ""))
+    assert line["completion"] == "answer"
+
+
+def test_documents_are_prompts_up_to_the_last_turn_of_the_model(folder, tmp_path):
+    document = {"id": "d", "input_ids": [5, 6, 7, 8, 9], "tokenizer": None, "template": None}
+    document["segments"] = [[0, 1, "user", False, 1.0], [1, 2, "assistant", True, 1.0], [2, 3, "user", False, 1.0]]
+    document["segments"] += [[3, 5, "assistant", True, 1.0]]
+    of_document = answer(folder, write_jsonl(tmp_path / "d.jsonl", [document]), tmp_path)
+    of_prompt = answer(folder, write_jsonl(tmp_path / "p.jsonl", [{"id": "d", "input_ids": [5, 6, 7]}]), tmp_path)
+    assert of_document[0]["completion_ids"] == of_prompt[0]["completion_ids"]
 
 
 def test_stop_token_by_name_ends_a_row(folder, prompts, tmp_path):

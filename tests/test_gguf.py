@@ -1,11 +1,13 @@
 """GGUF out and in again: equal tensors, switches, tokenizers and templates; transformers as a second reader."""
 
 import json
+import os
 import random
 import re
 import shutil
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,6 +342,17 @@ def test_a_tensor_of_a_type_that_cannot_be_unpacked_is_named(sft, gguf, exported
     at = content.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 16  # number of dimensions, dimensions
     (tmp_path / "a.gguf").write_bytes(content[:at] + (250).to_bytes(4, "little") + content[at + 4 :])
     assert_refused(sft, tmp_path / "a.gguf", "250 is not a valid GGMLQuantizationType")
+
+
+def test_an_export_that_ends_early_is_not_published(sft, built, tmp_path, monkeypatch):
+    """numpy's tofile lets errors of its last write go: the file is then shorter than it was written."""
+    output = tmp_path / "m.gguf"
+    output.write_bytes(b"the one before")
+    fstat = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_size=fstat(fd).st_size - 1))
+    result = sft("export", built("llama"), "--gguf", "f16", "-o", output)
+    assert result.code == 6 and "it ends early" in result.err
+    assert output.read_bytes() == b"the one before" and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_an_output_that_holds_something_is_left_alone(sft, exported, tmp_path):

@@ -1,6 +1,8 @@
 """GPT-NeoX's binary datasets: what we write reads there, what is written there trains here."""
 
+import os
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,14 @@ def test_text_and_labels_are_written_as_gpt_neox_reads_them(sft, lines, tmp_path
     assert read_by_definition(tmp_path / "train") == [row["input_ids"] for row in DOCUMENTS]
     assert read_by_definition(tmp_path / "train_label") == [row["labels"] for row in DOCUMENTS]
     assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_an_index_is_published_after_what_it_is_of(sft, lines, tmp_path, monkeypatch):
+    published = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (published.append(Path(b).name), replace(a, b)))
+    assert sft("mask", lines(*DOCUMENTS), "--format", "neox", "-o", tmp_path / "train.bin").code == 0
+    assert published == ["train_label.bin", "train.bin", "train_label.idx", "train.idx"]
 
 
 def test_what_is_written_is_read_back_as_it_was(sft, lines, tmp_path):

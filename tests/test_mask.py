@@ -429,6 +429,14 @@ def test_rows_of_two_tokenizers_in_one_input_are_refused(sft, lines):
     assert f"error: {data}:2: rows of two tokenizers in one input: aaaaaaaaaaaa and bbbbbbbbbbbb" in result.err
 
 
+@pytest.mark.parametrize("name", ["\0", "../../etc/passwd", "x" * 5000])
+def test_a_tokenizer_of_any_name_is_one_that_is_not_known(sft, lines, name):
+    data = lines({**TWO_TURNS, "tokenizer": name})
+    result = sft("mask", data, "--show", 1)
+    assert result.code == 0 and len(result.rows) == 1, result.err
+    assert sft("show", data).code == 0
+
+
 def test_rows_that_came_tokenised_go_through_tokenize_in_their_place(sft, lines, base):
     records = [
         chat("q", "a", id="first"),

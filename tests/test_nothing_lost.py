@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from sftcli.model.memory import estimate
 from sftcli.recipe import Recipe, Train
 from sftcli.recipefile import apply_settings, parse
 from sftcli.stages.run import _refuse
+from sftcli.writing import alone_in
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,29 @@ def test_one_file_for_output_and_rejects_is_refused(sft, made, monkeypatch, comm
 
 def test_devices_may_be_input_and_output(sft):
     assert sft("mask", "/dev/null", "-o", "/dev/null").code == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/stdout and its pipe are Linux's")
+def test_a_pipe_may_be_an_output_by_any_of_its_names(made):
+    mask = f"{sys.executable} -m sftcli mask tokens-good.jsonl"
+    write_lines(made / "tokens-good.jsonl", (made / "tokens.jsonl").read_bytes().splitlines(keepends=True)[0])
+    script = f"{mask} -o /dev/stdout 2>/dev/null | cat > by-name; {mask} 2>/dev/null > plain; {mask} -o >(cat > by-fd)"
+    done = subprocess.run(["bash", "-c", f"{script}; wait $!"], cwd=made, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (made / "plain").read_bytes() == (made / "by-name").read_bytes() == (made / "by-fd").read_bytes() != b""
+    told = subprocess.run([*mask.split(), "-o", "/dev/full"], cwd=made, capture_output=True, timeout=60)
+    assert told.returncode == 6 and b"error: cannot write /dev/full: No space left" in told.stderr
+
+
+def test_one_process_at_a_time_is_in_a_run(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    command = ["train", "rows.safetensors", "-m", "model", "-o", "one", "--max-steps", 1, "--set", "sample_rows=0"]
+    (made / "one").mkdir()
+    with alone_in(made / "one"):
+        told = sft(*command)
+    assert told.code == 2 and "another process is training in one; hint: wait for it" in told.err
+    assert list((made / "one").iterdir()) == []
+    assert sft(*command).code == 0
 
 
 def test_init_does_not_write_over_a_model_with_weights(sft, made):
@@ -219,6 +245,38 @@ def test_one_prompt_with_an_answer_is_enough_for_evaluate(made, monkeypatch, sec
     prompts = write_lines(made / "some.jsonl", {"prompt": "q"} | ({"label": "x"} if columns else {}), second)
     recipe = parse(Recipe, read_yaml_text(f"generate: {{prompts: {prompts}{columns}}}\nevaluate: {{}}"))
     _refuse(recipe)
+
+
+def test_what_can_be_read_only_once_is_never_the_same_again(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    write_lines(made / "good.jsonl", chat("q", "a"), chat("r", "b"))
+    recipe = "model: model\ntokenize: {data: '-'}\ntrain: {max_steps: 1, sample_rows: 0}\ngenerate: {prompts: prompts.jsonl, max_new_tokens: 1}\n"
+    (made / "once.yaml").write_text(recipe)
+    data = (made / "good.jsonl").read_bytes()
+    for lines in (2, 1):
+        result = sft("run", "once.yaml", "-o", "once", stdin=b"".join(data.splitlines(keepends=True)[:lines]))
+        assert result.code == 0, result.err
+        assert len((made / "once" / "tokens.jsonl").read_bytes().splitlines()) == lines
+    again = sft("run", "once.yaml", "-o", "once", stdin=data.splitlines(keepends=True)[0]).err
+    assert "mask: nothing has changed" in again and "train: nothing has changed" in again  # the same lines came
+
+
+def test_a_recipes_adapter_is_asked_on_the_recipes_model_wherever_it_lies(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    write_lines(made / "good.jsonl", chat("q", "a"), chat("r", "b"))
+    shutil.copytree(made / "model", made / "before")
+    (made / "moved.yaml").write_text(
+        "tokenize: {data: good.jsonl}\ntrain: {adapter: lora, max_steps: 1, sample_rows: 0, optimizer: {lr: 0.1}}\n"
+        "generate: {prompts: prompts.jsonl, max_new_tokens: 4}\n"
+    )
+    assert sft("run", "moved.yaml", "-o", "on", "--set", "model=before").code == 0
+    first = (made / "on" / "completions.jsonl").read_bytes()
+    (made / "before").rename(made / "after")
+    moved = sft("run", "moved.yaml", "-o", "on", "--set", "model=after", "--set", "generate.seed=1")
+    assert moved.code == 0, moved.err
+    assert "train: nothing has changed" in moved.err and "generate: nothing has changed" not in moved.err
+    assert (made / "on" / "completions.jsonl").read_bytes() == first
+    assert sft("generate", "prompts.jsonl", "-m", "on", "--max-new-tokens", 1).code == 0
 
 
 def test_a_pipe_of_prompts_is_left_to_generate(made, monkeypatch):

@@ -115,6 +115,12 @@ def test_a_turn_is_one_whether_or_not_it_reasons():
     ]  # fmt: skip
 
 
+def test_reasoning_in_several_pieces_is_one_turn_with_what_follows():
+    parts = [(3, 7, REASONING), (7, 9, REASONING), (9, 15, "assistant")]
+    (turn,) = own_turns([Segment(start, end, role, True, 1.0) for start, end, role in parts])
+    assert (turn.start, turn.end, turn.role) == (3, 15, "assistant")
+
+
 @pytest.mark.parametrize("name", ["qwen3", "smollm3"])
 def test_segments_of_real_templates_are_those_of_tags_in_the_text(name):
     """The template splits and strips the content; what it writes is searched here, plainly."""

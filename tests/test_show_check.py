@@ -294,6 +294,15 @@ def test_check_of_prompts_and_of_nothing_makes_no_claims(sft, base, lines, tmp_p
     assert nothing.code == 3 and " ok  " not in nothing.out.decode()
 
 
+@pytest.mark.parametrize("key, value", [("vocab_size", "x"), ("vocab_size", [1]), ("max_position_embeddings", "x")])
+def test_check_names_a_number_of_the_model_that_is_none(sft, base, lines, tmp_path, key, value):
+    folder = shutil.copytree(base, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = sft("check", lines(chat("q", "a")), "-m", folder)
+    assert result.code == 5 and result.err.count("\n") == 1 and key in result.err
+
+
 def test_check_without_model_or_rows(sft, base, lines):
     assert sft("check", lines(chat("q", "a"))).code == 2
     result = sft("check", lines(b""), "-m", base)

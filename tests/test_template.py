@@ -267,6 +267,13 @@ def test_parts_are_lines_of_a_text_where_the_template_reads_no_parts(expression)
     assert "{" not in speaker.documents(record_of(record))[0].text
 
 
+@pytest.mark.parametrize("expression", ["message.content", "message.content | string"])
+def test_no_parts_are_no_text(expression):
+    record, empty = chat("q", "a"), chat("q", "")
+    record["messages"][1]["content"] = []
+    assert only(chatml_with(expression), record) == only(chatml_with(expression), empty)
+
+
 FIRST_PART = "message.content if message.content is string else message.content[0].text"
 OF_USERS = "message.content if message.content is string else (message.content | map(attribute='text') | join if message.role == 'user' else message.content | trim)"
 
@@ -475,6 +482,62 @@ def test_a_control_string_inside_the_words_does_not_end_the_turn():
     assert found[3] == ("write <|im_end|> to end<|im_end|>", "ASSISTANT")
 
 
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
+OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def ends_of(source, *messages, specials=("<|im_start|>", "<|im_end|>", "<call>", "</call>", "<args>", "</s>")):
+    """The model's own words of a conversation, where all these strings are special tokens."""
+    speaker = Speaker(Template(source, "test", SPECIALS), _pattern(specials))
+    found = speaker.documents(record_of({"messages": [*chat("q")["messages"], *messages]}))
+    return [text for document in found for text, role in pieces(document) if role.isupper()]
+
+
+def test_special_tokens_of_calls_do_not_end_the_turn():
+    source = (
+        LOOP
+        + "<|im_start|>{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or () %}"
+        + "<call>{{ call.function.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+        + OPENING
+    )
+    calls = "<call>weather</call><call>weather</call><|im_end|>"
+    assert ends_of(source, CALLED) == [calls]
+    answer = {"role": "assistant", "content": "yes"}
+    assert ends_of(source, CALLED, {"role": "tool", "content": "rain"}, answer) == [calls, "yes<|im_end|>"]
+
+
+def test_arguments_without_text_belong_to_the_turn():
+    source = (
+        LOOP
+        + "{{ message.content }}{% for call in message.tool_calls or () %}<call>{{ call.function.name }}<args>"
+        + "{{ call.function.arguments | tojson }}{% endfor %}{% if message.role == 'assistant' %}</s>{% endif %}"
+        + "{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    assert ends_of(source, {"role": "assistant", "content": "", "tool_calls": [call]}) == ["<call>now<args>{}</s>"]
+
+
+def test_a_token_that_closes_the_last_turn_alone_is_not_its_end():
+    source = (
+        LOOP
+        + "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        + "{% if not add_generation_prompt %}</s>{% endif %}"
+        + OPENING
+    )
+    assert ends_of(source, {"role": "assistant", "content": "yes"}) == ["yes<|im_end|>"]
+
+
+def test_a_call_ends_alike_where_the_template_drops_what_came_before_it():
+    source = (
+        LOOP
+        + "<|im_start|>{{ message.role }}\n{% if loop.last and message.role == 'assistant' %}(thinks){% endif %}"
+        + "{{ message.content }}{% for call in message.tool_calls or () %}<call>{{ call.function.name }}</call>"
+        + "{% endfor %}<|im_end|>\n{% endfor %}"
+        + OPENING
+    )
+    assert ends_of(source, CALLED) == ["(thinks)<call>weather</call><call>weather</call><|im_end|>"]
+
+
 def test_an_empty_answer_is_the_end_token_alone():
     assert only("chatml", chat("q", ""))[3] == ("<|im_end|>", "ASSISTANT")
 
@@ -569,6 +632,14 @@ def test_control_tokens_are_found_in_foreign_templates_and_read_in_ours():
     found = control_tokens(Template(chatml_with("message.content"), "t", {}))
     assert (found["eos"], found["pad"]) == ("<|im_end|>", "<pad>")
     assert {"<|im_start|>", "<|im_end|>"} <= set(found["controls"])
+
+
+def test_tags_of_a_template_are_told_from_what_ends_its_turns():
+    source = "<think>{{ x }}</think><tool_call>\n</tool_call></parameter><start_of_turn><s></s><|im_end|>"
+    found = control_tokens(Template(source, "t", {}))
+    assert found["tags"] == ["<think>", "</think>", "<tool_call>", "</tool_call>", "</parameter>"]
+    assert control_tokens(Template("<user>{{ x }}</user>", "t", {}))["tags"] == []  # they end its turns
+    assert control_tokens(load_template(None, "<a>{question}</a><b>{answer}</b>", {}, {}))["tags"] == []
 
 
 def test_a_template_with_a_syntax_error_names_the_line():

@@ -104,6 +104,28 @@ def test_a_cut_that_no_merge_crosses_is_not_counted():
     assert codec.counts.merges_cut == 0
 
 
+@pytest.mark.parametrize("answer", [" ", "\t", "\n ", "  "])
+def test_an_answer_of_whitespace_alone_is_the_models_and_not_the_prompts(answer):
+    """GPT-2's pattern takes a run of spaces whole at the end of a text, as before a control token."""
+    codec = Codec(train_bpe(["a\n \t\n  b\n\t"] * 9, 300, list(CHATML)), "t", {"eos_token": "<|im_end|>"})
+    assert len(codec.tokenizer.encode("\n ").ids) == 1  # it has learned to merge across the cut
+    text = rendered(("<|im_start|>assistant\n", "template"), (answer, "ASSISTANT"), ("<|im_end|>", "ASSISTANT"))
+    text.content[-1:] = []  # the end token is the template's
+    text.cuts[1:] = []
+    ((ids, segments),) = codec.encode([text])
+    prompt = codec.tokenizer.encode("<|im_start|>assistant\n").ids
+    assert ids == [*prompt, *codec.tokenizer.encode(answer).ids, codec.added["<|im_end|>"]]
+    assert min(s.start for s in segments if s.own) == len(prompt)
+
+
+def test_tags_stay_in_decoded_text_and_are_one_token_each():
+    codec = Codec(train_bpe(["a b"], 300, ["<|im_end|>", "<think>", "</think>"], ["<think>", "</think>"]), "t")
+    ids = codec.tokenizer.encode("<think>a</think>b<|im_end|>").ids
+    assert len(ids) == 5 and codec.decode(ids) == "<think>a</think>b"
+    assert codec.special_ids == {codec.added["<|im_end|>"]}
+    assert set(codec.controls) == {"<|im_end|>", "<think>", "</think>"}  # content never becomes one
+
+
 def test_a_segment_whose_characters_went_into_the_token_before_it_vanishes():
     codec = byte_codec(merges=[(b"b", b"c"), (b"bc", b"d")])
     found = tokens_by_role(codec, rendered(("ab", "user"), ("c", "template"), ("de", "tool")))

@@ -375,6 +375,14 @@ def test_resume_without_a_checkpoint_starts_at_step_0(base, rows, tmp_path):
     assert again.sha256 == first.sha256
 
 
+def test_held_out_rows_may_be_named_another_way(base, rows, tmp_path, monkeypatch):
+    held = save_rows(tmp_path / "held.safetensors", make_rows([6, 8]))
+    first = train(options_of(f"eval_data={held}"), rows, str(base), str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    again = train(options_of("eval_data=held.safetensors"), rows, str(base), "run", resumed=True)
+    assert again.sha256 == first.sha256
+
+
 @pytest.mark.parametrize("change", ["options", "rows", "model", "eval_data"])
 def test_resume_with_something_changed_exits_2(base, rows, tmp_path, change):
     run = tmp_path / "run"

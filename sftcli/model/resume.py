@@ -119,9 +119,11 @@ def _told_of(folder: Path, size: int) -> Iterator[None]:
     except SftError as error:
         if error.code != Exit.WRITE:
             raise
-        free = shutil.disk_usage(folder.parent.parent).free
+        run = folder.parent.parent
+        free = shutil.disk_usage(run).free
         told = f"{error}; a checkpoint takes {size:,} bytes, {free:,} are free"
-        raise SftError(told, Exit.WRITE, hint="the one before it is whole: --resume goes on from there") from None
+        hint = "the one before it is whole: --resume goes on from there" if manifest.checkpoints(run) else None
+        raise SftError(told, Exit.WRITE, hint=hint) from None
 
 
 def load(folder: Path, model: GPT, optimizers: list[Optimizer]) -> dict[str, Any]:

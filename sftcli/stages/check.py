@@ -2,10 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sftcli import artifacts, console
-from sftcli.errors import DataError, UsageError
+from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.reading import read_json
 from sftcli.recipe import Tokenize
 from sftcli.rows import own_turns
@@ -46,15 +47,26 @@ def check(options: Tokenize, model: str) -> bool:
     codec = codec_for(model, None)
     template = template_for(codec, model, options.template, options.template_text, options.columns)
     config = read_json(folder / "config.json")
-    context = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
+    context = _whole(folder / "config.json", config, "max_position_embeddings", "n_positions", "n_ctx")
+    vocabulary = _whole(folder / "config.json", config, "vocab_size") or 0
     with console.libraries_silenced():
         found = _examine(options, codec, Speaker(template, codec.ends), template.wanted, context)
-    results = _judge(found, codec, config, context)
+    results = _judge(found, codec, vocabulary, context)
     screen = console.console(stderr=False)
     for passed, name, text in results:
         mark, style = MARKS[passed]
         screen.print(console.styled([(f"{mark:>5}  ", style), (f"{name:<18} ", "bold"), (text, "")]))
     return all(passed is not False for passed, _, _ in results)
+
+
+def _whole(path: Path, config: dict[str, Any], *names: str) -> int | None:
+    """The first of these keys that a config has. Raises CheckpointError where it is no positive whole number."""
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
+        return None
+    if type(config[name]) is not int or config[name] < 1:
+        raise CheckpointError(f"{path}: {name} = {config[name]!r} is not a positive whole number")
+    return int(config[name])
 
 
 def _examine(
@@ -112,10 +124,7 @@ def _examine_batch(
             found.not_a_prefix.append(where)
 
 
-def _judge(
-    found: Findings, codec: Codec, config: dict[str, Any], context: int | None
-) -> list[tuple[bool | None, str, str]]:
-    vocabulary = int(config.get("vocab_size", 0))
+def _judge(found: Findings, codec: Codec, vocabulary: int, context: int | None) -> list[tuple[bool | None, str, str]]:
     results: list[tuple[bool | None, str, str]] = []
     refused = f"{len(found.refused):,} refused, first: {found.refused[0]}" if found.refused else "every row was read"
     results.append((not found.refused and found.rows > 0, "rows", f"{found.rows:,} rows; {refused}"))

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from sftcli.stages.common import missing_controls
 from sftcli.text.folder import folder_template, load_codec, stop_ids
 from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec
+from sftcli.text.vocabulary import with_tags
 from sftcli.writing import json_line, output_folder
 
 
@@ -28,7 +28,7 @@ def extend(base: str, options: Init, output: str) -> None:
     new = missing_controls(template, codec)
     new += [token for token in dict.fromkeys(options.controls) if token not in codec.added and token not in new]
     with output_folder(output) as target:
-        definition = _with_tokens(codec, new)
+        definition = _with_tokens(codec, new, control_tokens(template).get("tags", []))
         wider = Codec(definition, "the new tokenizer", codec.specials)
         network = load_trained(folder)
         _fill_rows(network, [wider.added[token] for token in new], codec.size)
@@ -57,11 +57,11 @@ def _template(path: Path, options: Init, codec: Codec) -> Template:
     return load_template(options.template, options.template_text, options.columns, codec.specials)
 
 
-def _with_tokens(codec: Codec, new: list[str]) -> bytes:
+def _with_tokens(codec: Codec, new: list[str], tags: list[str]) -> bytes:
     """tokenizer.json with further control tokens, whose ids come after all others."""
     tokenizer = Tokenizer.from_buffer(codec.definition)
     tokenizer.add_special_tokens(new)
-    return msgspec.json.format(tokenizer.to_str().encode(), indent=2)
+    return with_tags(tokenizer, [tag for tag in tags if tag in new])
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from sftcli.text.objectives.masked_lm import Cloze, cloze_of
 from sftcli.text.tokenizer import Codec
 from sftcli.writing import json_line, open_output
 
-TAIL = 16  # generated tokens beside the length of a stop text that are looked at for it
+TAIL = 16  # generated tokens beside the bytes of a stop text that are looked at for it: a token may be one byte
 NONE = "none"  # --adapter none: the base alone
 
 
@@ -147,7 +147,7 @@ def _text_stops(codec: Codec, texts: list[str]) -> TextStops | None:
     """Whether a stop text stands at the end of the generated ids; only their tail is decoded."""
     if not texts:
         return None
-    tail = TAIL + max(map(len, texts))
+    tail = TAIL + max(len(text.encode()) for text in texts)
 
     def found(ids: list[int]) -> bool:
         text = codec.decode(ids[-tail:])
@@ -193,8 +193,7 @@ def _line(
         bounds = [0, *done.ends, *([len(done.ids)] if done.ends[-1:] != [len(done.ids)] else [])]
         fills = [codec.decode(done.ids[a:b]) for a, b in pairwise(bounds)]
         text = "\n".join(fills)
-    for stop in texts:
-        text = text.partition(stop)[0]
+    text = text[: min((at for stop in texts if (at := text.find(stop)) >= 0), default=None)]
     line: dict[str, Any] = {**ask.fields, "completion": text, "completion_ids": done.ids}
     if len(fills) > 1:
         line["fills"] = fills

@@ -12,7 +12,7 @@ from sftcli.text.records import read_record, renamed
 from sftcli.text.template import Template, control_tokens, load_template
 from sftcli.text.tokenizer import Codec
 from sftcli.text.vocabulary import train_bpe, whitespace_tokenizer
-from sftcli.writing import output_folder, write_json
+from sftcli.writing import atomic_file, output_folder, write_json
 
 NAMES = {"config.json", "tokenizer.json", "chat_template.jinja"}
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -31,11 +31,12 @@ def init(options: Init, output: str) -> None:
         controls = controls | masks | {"controls": list(dict.fromkeys(added))}
         specials = {f"{name}_token": controls[name] for name in ("bos", "eos", "pad", *masks) if controls.get(name)}
         template = Template(template.source, template.name, specials)
-        definition = _tokenizer(options, template, controls["controls"])
+        definition = _tokenizer(options, template, controls["controls"], controls.get("tags", []))
         codec = Codec(definition, "the new tokenizer", specials)
         config = huggingface_config(options, codec, specials)
-        (folder / "tokenizer.json").write_bytes(definition)
-        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+        for name, content in (("tokenizer.json", definition), ("chat_template.jinja", template.source.encode())):
+            with atomic_file(folder / name) as file:
+                file.write(content)
         write_json(folder / "tokenizer_config.json", _tokenizer_config(options, specials))
         write_json(folder / "special_tokens_map.json", specials)
         write_json(folder / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
@@ -47,12 +48,12 @@ def init(options: Init, output: str) -> None:
     )
 
 
-def _tokenizer(options: Init, template: Template, controls: list[str]) -> bytes:
+def _tokenizer(options: Init, template: Template, controls: list[str], tags: list[str]) -> bytes:
     """tokenizer.json, learned from the data."""
     texts = _texts(options, template, controls)
     if options.tokenizer == "whitespace":
-        return whitespace_tokenizer(controls, (word for text in texts for word in text.split()))
-    return train_bpe(texts, options.vocab_size, controls)
+        return whitespace_tokenizer(controls, (word for text in texts for word in text.split()), tags)
+    return train_bpe(texts, options.vocab_size, controls, tags)
 
 
 def _texts(options: Init, template: Template, controls: list[str]) -> Iterator[str]:

@@ -196,17 +196,22 @@ def _made(options: Mask, maker: Maker, read: Iterator[Read], rejects: Rejects, s
     limit = _limit(options)
     seen: set[bytes] = set()
     for item in read:
+        reasons: list[str] = []
         try:
             for made in maker(item.document, item.given):
-                yield _fitted(Made(*made, item.extra), limit, options, summary, seen)
-        except causal.NothingTrained as reason:
-            summary.dropped[str(reason)] += 1
-            summary.first_dropped.setdefault(str(reason), item.where)
-            if rejects.path:
-                rejects.add(DataError(str(reason), item.where), item.line)
-            continue
+                try:
+                    yield _fitted(Made(*made, item.extra), limit, options, summary, seen)
+                except causal.NothingTrained as nothing:  # of one row: the document may have others
+                    reasons.append(str(nothing))
+        except causal.NothingTrained as nothing:
+            reasons.append(str(nothing))
         except DataError as error:
             raise error.located(item.where) from None
+        summary.dropped.update(reasons)
+        for reason in reasons:
+            summary.first_dropped.setdefault(reason, item.where)
+        if reasons and rejects.path:
+            rejects.add(DataError(reasons[0], item.where), item.line)
 
 
 def _refuse_duplicate(row: Row, seen: set[bytes]) -> None:
@@ -346,8 +351,8 @@ def _report(summary: Summary, specials: dict[int, str] | None) -> None:
         f"mask: {summary.rows:,} rows in, {summary.kept:,} kept, {summary.cut:,} cut, {dropped:,} dropped{reasons}; "
         f"{summary.trained:,} of {summary.tokens:,} tokens trained ({share:.0%})"
     )
-    if dropped > MOSTLY_LOST * summary.rows:
-        console.warn(f"mask: {dropped / summary.rows:.0%} of the rows were dropped")
+    if dropped > MOSTLY_LOST * (summary.kept + dropped):
+        console.warn(f"mask: {dropped / (summary.kept + dropped):.0%} of the rows were dropped")
     if summary.lost_fields:
         lost = ", ".join(sorted(summary.lost_fields))
         console.note(f"mask: not kept: {lost} (rows in JSON lines keep such fields: -o ROWS.jsonl)")

@@ -11,8 +11,9 @@ import msgspec
 
 from sftcli.errors import DataError, SftError
 from sftcli.model.growth import Blanks, Prompt
+from sftcli.reading import decode_json
 from sftcli.recipe import Generate
-from sftcli.rows import Extra
+from sftcli.rows import Document, Extra, own_turns
 from sftcli.stages.common import LULL, encode_lines, read_lines_of
 from sftcli.text import pretokenized
 from sftcli.text.objectives.blank_infilling import Filler
@@ -98,7 +99,10 @@ class Prompts:
         record = read_record(renamed(fields, self.options.columns, where), where, self.read, self.wanted)
         if record.shape == "tokens":
             document, weights = pretokenized.read(line, fields, where, self.read)
-            end = next((t for t, weight in enumerate(weights or []) if weight), len(document.input_ids))
+            starts = [t for t, weight in enumerate(weights or ()) if weight]
+            if "segments" in fields:  # a document: its last turn is to be answered
+                starts = [turn.start for turn in own_turns(decode_json(line, where, Document).segments)][-1:]
+            end = next(iter(starts), len(document.input_ids))
             return _Record(where, fields, None, record.id, document.input_ids[:end], pause)
         if isinstance(self.filler, Filler) and record.shape == "text":  # its end is seen by what fills it, too
             opened = self.filler.opened(self.speaker.documents(record)[0])

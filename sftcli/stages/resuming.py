@@ -113,7 +113,7 @@ def _go_on(job: Job, folder: Path) -> int:
     step = int(facts["step"])
     if step > job.plan.steps:
         told = f"cannot resume {job.run}: {step:,} steps are done, these rows make {job.plan.steps:,}"
-        raise UsageError(told, hint="more --set epochs or max_steps")
+        raise UsageError(told, hint="more rows, or a new run with another -o")
     if not other_data:  # losses of other rows do not compare
         job.best = tuple(facts["best"]) if facts.get("best") else None
         job.since_best = int(facts.get("since_best", 0))

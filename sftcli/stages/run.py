@@ -1,6 +1,7 @@
 """sft run: the stages of a recipe in order; what has not changed is not done again."""
 
 import json
+import secrets
 import shutil
 import tempfile
 import time
@@ -24,14 +25,15 @@ def run(recipe: Recipe, output: str) -> dict[str, Any]:
     begin = time.monotonic()
     _refuse(recipe)
     with writing.output_folder(output, NAMES) as folder:
-        writing.remove_leftovers(folder)
+        with writing.alone_in(folder):
+            writing.remove_leftovers(folder)
         with writing.atomic_file(folder / RECIPE) as file:
             file.write(dump_recipe(recipe).encode())
         model = _base(recipe, folder)
         _data(recipe, folder, model)
         _train(recipe, folder, model)
         if recipe.generate and recipe.generate.prompts:
-            _generate(recipe, folder)
+            _generate(recipe, folder, model)
         results = _evaluate(recipe, folder) if recipe.evaluate else {}
     console.note(f"run: done in {console.clock(time.monotonic() - begin)}; everything is in {folder}")
     console.note(f"run: look at it with `sft show {folder}`, use it with `sft generate PROMPTS -m {folder}`")
@@ -82,12 +84,15 @@ class _Files:
         self.known = _recorded(folder, "files")
 
     def content(self, path: str | Path) -> str:
-        """A fingerprint of a file, or of all in a folder but what `sft export` adds; '' where there is nothing."""
+        """A fingerprint of a file, or of all in a folder but what `sft export` adds; '' where there is nothing, another
+        one each time for what can be read only once."""
         path = Path(path)
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix != ".gguf" and p.name != "Modelfile")
             return artifacts.fingerprint(*(f"{p.name} {self._of(p)}" for p in files))
-        return self._of(path) if path.is_file() else ""
+        if path.is_file():
+            return self._of(path)
+        return secrets.token_hex(6) if path.exists() or str(path) == "-" else ""
 
     def _of(self, path: Path) -> str:
         status, name = path.stat(), str(path.resolve())
@@ -181,6 +186,8 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     inputs += [recipe.train.eval_data] if recipe.train.eval_data else []
     stage = _Stage(folder, "train", _settings(recipe.train), inputs, [MODEL, ADAPTER])  # one of them is not there
     if stage.unchanged():
+        if recipe.train.adapter:  # the same base may lie elsewhere by now
+            writing.update_json(folder / RUN, {"base": str(base.resolve())})
         return
     from sftcli.manifest import checkpoints
     from sftcli.stages.train import start
@@ -195,10 +202,11 @@ def _trained(recipe: Recipe) -> str:
     return ADAPTER if recipe.train.adapter else MODEL
 
 
-def _generate(recipe: Recipe, folder: Path) -> None:
+def _generate(recipe: Recipe, folder: Path, model: str) -> None:
     options = recipe.generate
     assert options and options.prompts
     inputs: list[str | Path] = [options.prompts, folder / _trained(recipe), *_files(options.template, *options.adapter)]
+    inputs += [artifacts.model_folder(model)] if recipe.train.adapter else []
     stage = _Stage(folder, "generate", _settings(options), inputs, [COMPLETIONS])
     if not stage.unchanged():
         from sftcli.stages.generate import complete

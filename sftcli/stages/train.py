@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -69,7 +70,8 @@ def _train(
 ) -> Outcome:
     folder = open_folder(artifacts.model_folder(model))
     codec = load_codec(folder.path)
-    with writing.output_folder(output, NAMES) as run:
+    with writing.output_folder(output, NAMES) as run, ExitStack() as alone:
+        world.from_first(lambda: alone.enter_context(writing.alone_in(run)))
         _refuse(run, folder, resumed)
         job, where, done = _begun(options, source, folder, codec, run, resumed, world)
         _announce(job, where, done)

@@ -208,7 +208,7 @@ def make_job(
         codec=codec,
         stops=trained_stops(rows, codec.special_ids),
         settings={
-            "options": options.model_dump(mode="json", exclude={*HOW, *FREE_TO_CHANGE}),
+            "options": options.model_dump(mode="json", exclude={*HOW, *FREE_TO_CHANGE, "eval_data"}),
             "rows": file_fingerprint(rows.path),
             "weights": [[item.share, item.rows, count] for item, count in inputs] if parts else None,
             "eval_data": _file_identity(options.eval_data),

@@ -164,8 +164,8 @@ class Speaker:
         text = whole if whole is not None else self._render(conversation, i + 1, False)
         self._refuse_other_opening(conversation, i, text, prompt)
         start = len(prompt)
-        said = max((b for _, b, m in getattr(text, "spans", ()) if m % REASONING == i and b > start), default=start)
-        end = self._turn_end(text, said)
+        said = _said(text, i, start)
+        end = self._turn_end(conversation, i, text, said)
         return _Turn(i, start, text, end, self._reasoned(text, i, start, end))
 
     def _reasoned(self, text: str, i: int, start: int, end: int) -> int:
@@ -192,10 +192,33 @@ class Speaker:
                 hint="the turn lacks something the template opens with (reasoning, for example), or use --template",
             )
 
-    def _turn_end(self, text: str, said: int) -> int:
-        """After the first special token behind the words; without one, the end of the text."""
-        found = self.ends.search(text, said) if self.ends else None
-        return found.end() if found else len(text)
+    def _turn_end(self, conversation: Conversation, i: int, text: str, said: int) -> int:
+        """After the special token behind the words of message i; without one, the end of the text.
+
+        Of several, those count that stay where the conversation goes on (Phi 3 closes the last turn alone with
+        another): eos among them, else the last (before it, marks of calls may be special tokens, too)."""
+        found = list(self.ends.finditer(text, said)) if self.ends else []
+        if len(found) < 2:
+            return found[0].end() if found else len(text)
+        kept = self._kept(conversation, i, text, said)
+        staying = [match for match in found if match.end() <= kept] or found[:1]
+        eos = self.template.specials.get("eos_token")
+        return next((match for match in staying if match[0] == eos), staying[-1]).end()
+
+    def _kept(self, conversation: Conversation, i: int, text: str, said: int) -> int:
+        """Up to where the text of messages 0..i, whose last words end at `said`, stays behind them where another
+        message follows; 0 where none can."""
+        called = bool(conversation.messages[i].get("tool_calls"))
+        following = {"role": "tool" if called else "user", "content": "-"}
+        longer = replace(conversation, messages=[*conversation.messages[: i + 1], following])
+        try:
+            more = self._render(longer, i + 2, False)
+        except DataError:
+            return 0
+        behind, there = str.__str__(text)[said:], str.__str__(more)[_said(more, i, 0) or said :]
+        while not there.startswith(behind):
+            behind = behind[:-1]
+        return said + len(behind)
 
     def _described(
         self, conversation: Conversation, text: str, count: int, cuts: list[_Turn], own: list[_Turn]
@@ -235,6 +258,11 @@ class Speaker:
         if any(name not in text for name in _named(conversation.tools)):
             hint = "leave `tools` out of the data, or use --template"
             raise DataError(f"template {self.template.name} has no place for tools", None, "$.tools", hint)
+
+
+def _said(text: str, i: int, start: int) -> int:
+    """Behind the last character that comes out of message i; `start` where none does behind it."""
+    return max((b for _, b, m in getattr(text, "spans", ()) if m % REASONING == i and b > start), default=start)
 
 
 def _filled(messages: list[dict[str, Any]], literals: list[str]) -> Traced:

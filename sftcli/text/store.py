@@ -31,7 +31,7 @@ def recall(name: str) -> bytes | None:
     """What `remember` kept, or None."""
     try:
         return (_store() / name).read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # a name comes out of a file: it may hold anything
         return None
 
 

@@ -62,8 +62,12 @@ class Template:
             text = self.render([marked.get(i, message) for i, message in enumerate(messages)], tools, False)
         except DataError:
             text = ""
-        read = {i for i, message in marked.items() if all(part["text"] in text for part in message["content"])}
-        return [message if i in read or i not in marked else _joined(message) for i, message in enumerate(messages)]
+
+        def is_read(parts: list[dict[str, Any]]) -> bool:
+            return bool(parts) and all(part["text"] in text for part in parts)
+
+        unread = {i for i, message in marked.items() if not is_read(message["content"])}
+        return [_joined(message) if i in unread else message for i, message in enumerate(messages)]
 
     def render(self, messages: list[Any], tools: Any, open_turn: bool) -> str:
         """Text of the messages; `open_turn` ends it where the model is to speak. Raises DataError."""
@@ -156,7 +160,8 @@ def text_template(text: str, columns: Mapping[str, str]) -> str:
 
 
 def control_tokens(template: Template) -> dict[str, Any]:
-    """{"controls": [...], "bos", "eos", "pad"} that a tokenizer for this template needs."""
+    """{"controls": [...], "bos", "eos", "pad"} that a tokenizer for this template needs; "tags": those of the controls,
+    such as <think> and </tool_call>, that a turn holds and other programs read."""
     if "controls" in template.header:
         return template.header
     text = template.header.get("text")
@@ -168,4 +173,6 @@ def control_tokens(template: Template) -> dict[str, Any]:
     ends = [token for token in ("<|im_end|>", "<|eot_id|>", "<eos>", "</s>", "<|end|>") if token in found]
     controls = [pad, *(token for token in ("<bos>", "<eos>", "<sep>") if token in found)]
     controls += [token for token in found if token not in controls]
-    return {"controls": controls, "bos": bos, "eos": ends[0] if ends else None, "pad": pad}
+    closed = {token.replace("</", "<") for token in found if token.startswith("</")} if ends and not text else set()
+    tags = [token for token in controls if token.replace("</", "<") in closed - {"<s>"}]
+    return {"controls": controls, "bos": bos, "eos": ends[0] if ends else None, "pad": pad, "tags": tags}

@@ -154,7 +154,7 @@ class Codec:
         if self.words is None or self._strips or self._writes_a_space_first:
             return False
         left = self._left_of(text, cut)
-        return not left or not self._may_merge(left, text.text[cut : cut + NEAR])
+        return not left or not self._may_merge(left, self._right_of(text, cut))
 
     @cached_property
     def _strips(self) -> bool:
@@ -168,6 +168,14 @@ class Codec:
             reaches = self._strips or self._writes_a_space_first  # what the token does to what follows it matters
             left = left[last[-1].start() if reaches else last[-1].end() :]
         return left
+
+    def _right_of(self, text: Rendered, cut: int) -> str:
+        """The text behind a cut, up to the next control token or NEAR characters: the library sees no further."""
+        end = cut + NEAR
+        if self.control:
+            found = self.control.finditer(text.text, cut, end + self._added_sizes[0])
+            end = min(end, next((m.start() for m in found if not _overlaps(text.content, *m.span())), end))
+        return text.text[cut:end]
 
     def _assemble(self, text: Rendered, spans: list[tuple[int, int]], results: Iterator[Placed]) -> Encoded:
         ids: list[int] = []
@@ -248,7 +256,7 @@ class Codec:
             if start > 0:
                 left = self._left_of(text, start)
                 right = text.text[start : min(end, start + WINDOW)]
-                if left and self._may_merge(left, right[:NEAR]):
+                if left and self._may_merge(left, self._right_of(text, start)):
                     found.append((number, left + right, len(left)))
         return found
 

@@ -1,5 +1,6 @@
 """A GGUF file: its fields and tensors, read lazily, and written tensor by tensor. Needs the extra `gguf`."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from sftcli.errors import CheckpointError, UsageError
-from sftcli.writing import cannot_write
+from sftcli.errors import CheckpointError, Exit, SftError, UsageError
+from sftcli.writing import cannot_write, to_disk
 
 KINDS = {"f16": 1, "bf16": 32, "q8_0": 7}  # general.file_type: "mostly" this
 BLOCK = 32  # weights of a Q8_0 block; it runs along a row
@@ -135,8 +136,14 @@ def _writer(path: Path, architecture: str) -> Iterator[Any]:
     writer = library().GGUFWriter(temporary, architecture)
     try:
         yield writer
+        for file in writer.fout:
+            file.flush()
+            if os.fstat(file.fileno()).st_size < file.tell():  # numpy lets errors of its last write go
+                raise SftError(f"cannot write {path}: it ends early, is there room?", Exit.WRITE)
         writer.close()
+        to_disk(temporary)
         temporary.replace(path)
+        to_disk(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:

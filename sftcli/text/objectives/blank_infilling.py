@@ -112,9 +112,10 @@ def rows(
     marks = marks_of(options, codec)
     if options.level == "sft":
         turns = [turn for turn in _turns(document, given) if turn.weight > 0]
-        if not turns:
-            raise NothingTrained("no turn of the model")
-        return [_answer_row(document, turn, marks) for turn in (turns[-1:] if train_on == "last" else turns)]
+        answers = [turn for turn in turns if turn.start]  # the others have no text whose blank they could be
+        if not answers:
+            raise NothingTrained("nothing before the answer" if turns else "no turn of the model")
+        return [_answer_row(document, turn, marks) for turn in (answers[-1:] if train_on == "last" else answers)]
     stream = random.Random(f"{options.seed} {document.id}")  # of the row alone: no batch or worker changes it
     return [infilled(document, blanks_of(document.input_ids, options, stream, codec), marks)]
 
@@ -129,8 +130,6 @@ def _turns(document: Document, given: Weights | None) -> list[Segment]:
 
 def _answer_row(document: Document, turn: Segment, marks: Marks) -> Row:
     """Everything before a turn is the text, the turn its blank; what comes after it is not there yet."""
-    if not turn.start:
-        raise NothingTrained("nothing before the answer")
     until = Document(
         id=document.id,
         input_ids=document.input_ids[: turn.end],
@@ -284,6 +283,8 @@ def _sentences(ids: Sequence[int], options: BlankInfilling, stream: random.Rando
 
 def sentences(ids: Sequence[int], text: Callable[[int], str], controls: set[int]) -> list[Span]:
     """Spans of sentences inside the text, its first and last token aside; a control token belongs to none."""
+    if len(ids) < 3:
+        return []
     inside = range(1, len(ids) - 1)
     cuts = {1, len(ids) - 1}
     for t in inside:
