@@ -143,7 +143,8 @@ print("loaded:", *found, file=sys.stderr)
 def pipeline(tmp_path_factory):
     """A base, tokens and rows made by the stages themselves, each in a process that tells what it loaded."""
     folder = tmp_path_factory.mktemp("light")
-    data = SAMPLES / "qa.jsonl"
+    data = folder / "qa.jsonl"
+    data.write_bytes(b"".join((SAMPLES / "qa.jsonl").read_bytes().splitlines(keepends=True)[:40]))
     columns = ("--columns", "prompt=question,completion=answer")
     commands = {
         "help": ("--help",),
@@ -155,8 +156,11 @@ def pipeline(tmp_path_factory):
         "show tokens": ("show", folder / "tokens.jsonl"),
         "show folder": ("show", folder / "base"),
         "check": ("check", data, "-m", folder / "base", *columns),
-        "train": ("train", folder / "rows.safetensors", "-m", folder / "base", "-o", folder / "run", "--max-steps", 2),
-    }
+        "train": (
+            "train", folder / "rows.safetensors", "-m", folder / "base", "-o", folder / "run", "--max-steps", 1,
+            "--set", "batch_tokens=500", "--set", "sample_rows=1", "--set", "sample_tokens=2",
+        ),
+    }  # fmt: skip
     loaded = {}
     for name, command in commands.items():
         program = PROBE.format(heavy=COMPILER if name == "train" else HEAVY)

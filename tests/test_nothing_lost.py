@@ -219,6 +219,8 @@ def test_a_finished_run_that_is_resumed_says_so(sft, made, monkeypatch):
         ("generate: {prompts: data.jsonl}\nevaluate: {metrics: [regex_match]}", "regex_match needs a regex"),
         ("generate: {prompts: data.jsonl}\nevaluate: {regex: (}", "regex '('"),
         ("generate: {}\nevaluate: {}", "`evaluate` needs prompts"),
+        ("generate: {prompts: data.jsonl, template: nope}", "no template nope"),
+        ("generate: {prompts: data.jsonl, stop: ['']}", "generate.stop must not be empty"),
     ],
 )
 def test_what_would_fail_after_the_training_is_refused_before_it(sft, made, monkeypatch, recipe, told):
@@ -227,6 +229,17 @@ def test_what_would_fail_after_the_training_is_refused_before_it(sft, made, monk
     result = sft("run", "r.yaml", "-o", "new")
     assert result.code == 2 and told in result.err, result.err
     assert not (made / "new").exists()
+
+
+def test_a_device_that_is_not_there_to_generate_on_is_told_before_the_training(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    write_lines(made / "good.jsonl", chat("q", "a"), chat("r", "b"))
+    (made / "r.yaml").write_text(
+        "model: model\ntokenize: {data: good.jsonl}\ngenerate: {prompts: prompts.jsonl, device: nosuch}\n"
+    )
+    result = sft("run", "r.yaml", "-o", "without")
+    assert result.code == 2 and "nosuch" in result.err.splitlines()[-1], result.err
+    assert not (made / "without" / "model").exists() and "tokens/s" not in result.err
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from typing import Any
 from sftcli import __version__, artifacts, console, reading, writing
 from sftcli.artifacts import ADAPTER, BASE, COMPLETIONS, EVALUATION, MODEL, RECIPE, ROWS, RUN, TOKENS
 from sftcli.errors import DataError, UsageError
-from sftcli.recipe import Recipe
+from sftcli.recipe import Generate, Recipe
 from sftcli.recipefile import dump_recipe
 from sftcli.text.records import COMPLETION_NAMES, read_record, renamed
+from sftcli.text.template import load_template
 
 NAMES = {RECIPE, RUN, BASE, TOKENS, ROWS, MODEL, ADAPTER}
 SHOWN_ANSWERS = 3
@@ -53,10 +54,19 @@ def _refuse(recipe: Recipe) -> None:
     for path in named:
         if path and path != "-" and not Path(path).exists():
             raise UsageError(f"there is no {path}", hint="paths in a recipe start where `sft run` is called")
+    if recipe.generate:
+        _refuse_generate(recipe.generate)
     if recipe.evaluate and recipe.generate and not asked:
         raise UsageError("`evaluate` needs prompts", hint="`generate: {prompts: FILE}`")
     if recipe.evaluate and recipe.generate and asked and Path(asked).is_file():  # a pipe can be read only once
         _refuse_without_reference(asked, recipe.generate.columns)
+
+
+def _refuse_generate(options: Generate) -> None:
+    if options.template or options.template_text is not None:
+        load_template(options.template, options.template_text, options.columns, {})
+    if "" in options.stop:
+        raise UsageError("generate.stop must not be empty")
 
 
 def _refuse_without_reference(prompts: str, columns: dict[str, str]) -> None:
@@ -190,8 +200,11 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
             writing.update_json(folder / RUN, {"base": str(base.resolve())})
         return
     from sftcli.manifest import checkpoints
+    from sftcli.model.training import choose_engine
     from sftcli.stages.train import start
 
+    if recipe.generate:
+        choose_engine(recipe.generate.device, recipe.generate.dtype)  # refused now, not when all is trained
     unfinished = bool(checkpoints(folder)) and not stage.complete()  # killed anywhere before it was recorded
     start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished, overwrite=True)
     stage.done()
