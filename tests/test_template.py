@@ -517,6 +517,15 @@ def test_arguments_without_text_belong_to_the_turn():
     assert ends_of(source, {"role": "assistant", "content": "", "tool_calls": [call]}) == ["<call>now<args>{}</s>"]
 
 
+def test_a_call_ends_with_eos_where_no_message_may_follow_it():
+    source = (
+        "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no id') }}{% endif %}"
+        + "{{ message.content }}{% for call in message.tool_calls or () %}<call>{{ call.function.name }}</call>"
+        + "{% endfor %}{% if message.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    )
+    assert ends_of(source, CALLED) == ["<call>weather</call><call>weather</call></s>"]
+
+
 def test_a_token_that_closes_the_last_turn_alone_is_not_its_end():
     source = (
         LOOP

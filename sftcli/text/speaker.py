@@ -201,9 +201,10 @@ class Speaker:
         if len(found) < 2:
             return found[0].end() if found else len(text)
         kept = self._kept(conversation, i, text, said)
-        staying = [match for match in found if match.end() <= kept] or found[:1]
+        staying = [match for match in found if match.end() <= kept]
         eos = self.template.specials.get("eos_token")
-        return next((match for match in staying if match[0] == eos), staying[-1]).end()
+        likely = staying[-1] if staying else found[0]
+        return next((match for match in staying or found if match[0] == eos), likely).end()
 
     def _kept(self, conversation: Conversation, i: int, text: str, said: int) -> int:
         """Up to where the text of messages 0..i, whose last words end at `said`, stays behind them where another
