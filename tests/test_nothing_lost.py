@@ -292,6 +292,23 @@ def test_a_recipes_adapter_is_asked_on_the_recipes_model_wherever_it_lies(sft, m
     assert sft("generate", "prompts.jsonl", "-m", "on", "--max-new-tokens", 1).code == 0
 
 
+def test_answers_of_another_model_do_not_stay_in_a_run(sft, made, monkeypatch):
+    monkeypatch.chdir(made)
+    write_lines(made / "good.jsonl", chat("q", "a"), chat("r", "b"))
+    (made / "asks.yaml").write_text(
+        "model: model\ntokenize: {data: good.jsonl}\ntrain: {max_steps: 1, sample_rows: 0}\n"
+        "generate: {prompts: good.jsonl, max_new_tokens: 1}\nevaluate: {}\n"
+    )
+    assert sft("run", "asks.yaml", "-o", "asks").code == 0
+    answers = {made / "asks" / name for name in ("completions.jsonl", "evaluation.json")}
+    assert all(path.is_file() for path in answers)
+    (made / "asks.yaml").write_text((made / "asks.yaml").read_text().partition("generate")[0])
+    assert sft("run", "asks.yaml", "-o", "asks").code == 0
+    assert all(path.is_file() for path in answers)  # the model is the one that gave them
+    assert sft("run", "asks.yaml", "-o", "asks", "--set", "train.max_steps=2").code == 0
+    assert not any(path.exists() for path in answers)
+
+
 def test_a_pipe_of_prompts_is_left_to_generate(made, monkeypatch):
     monkeypatch.chdir(made)
     os.mkfifo(made / "fifo")

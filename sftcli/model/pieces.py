@@ -65,7 +65,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32 = x.float()
     y = x32.square()
     # decoding feels each call: mean and eps as a number are the same bits in three times the time
-    r = torch.addcdiv(number(eps), y.sum(-1, keepdim=True), number(x.shape[-1])).rsqrt_()
+    r = y.sum(-1, keepdim=True).div_(number(x.shape[-1])).add_(number(eps)).rsqrt_()
     return _scaled(x32, r, weight, y).type_as(x), r
 
 
@@ -75,7 +75,7 @@ def _scaled(x: Tensor, r: Tensor, weight: Tensor, out: Tensor | None = None) -> 
 
 @cache
 def number(value: float) -> Tensor:
-    """One number as a tensor that every device takes: to make it anew takes longer than a product of a few rows."""
+    """One number as a tensor, which sums and products take on every device: to make it anew for each takes longer."""
     with torch.inference_mode(False):
         return torch.tensor(float(value), device="cpu")
 

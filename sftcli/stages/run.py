@@ -207,6 +207,8 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
         choose_engine(recipe.generate.device, recipe.generate.dtype)  # refused now, not when all is trained
     unfinished = bool(checkpoints(folder)) and not stage.complete()  # killed anywhere before it was recorded
     start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished, overwrite=True)
+    for name in (COMPLETIONS, EVALUATION):  # of the model before
+        writing.discard(folder / name)
     stage.done()
 
 
