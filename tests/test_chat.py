@@ -15,9 +15,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TEMPLATES, chat
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from model_fixtures import PRESETS, empty_folder, make_model, model_folder, random_ids, read_jsonl, write_jsonl
+from tokenizers import Tokenizer, decoders, models
 
 from sftcli.errors import Exit
 from sftcli.model import decoding
@@ -26,7 +27,9 @@ from sftcli.model.decoding import Completion, Prompt, Token, decode, generate
 from sftcli.recipe import Generate
 from sftcli.stages import chat as stage
 from sftcli.stages.chat import Chat, Model, _Text
+from sftcli.stages.generate import _text_stops
 from sftcli.text.folder import load_codec
+from sftcli.text.tokenizer import Codec
 
 QUESTIONS = ["How many rivers are there?", "Name one.", "Why?"]
 CHAT = ("--max-new-tokens", 12)
@@ -184,6 +187,32 @@ def test_characters_of_many_bytes_come_whole(chat_codec, words):
 
 
 @pytest.fixture(scope="module")
+def fallback_codec():
+    """Letters are tokens; of all else each byte is one (Llama 2's way): a run of bytes is text only as a whole."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abc "]
+    spelled = Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    spelled.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return Codec(spelled.to_str().encode(), "fallback")
+
+
+@given(words=st.text("ab \n🙂中é", max_size=12))
+def test_nothing_is_said_twice_where_bytes_are_tokens(fallback_codec, words):
+    text = _Text(fallback_codec)
+    pieces = [text.add(token) for token in fallback_codec.tokenizer.encode(words).ids]
+    assert "".join(pieces) + text.rest() == words == text.shown
+
+
+@given(words=st.text("ab中九一", max_size=40), stop=st.sampled_from(["中", "九一", "b中"]))
+@example(words="九" * 7 + "中", stop="中")  # what is decoded first begins inside of a character
+def test_a_stop_text_is_found_at_its_last_byte_where_bytes_are_tokens(fallback_codec, words, stop):
+    found, ids = _text_stops(fallback_codec, [stop]), fallback_codec.tokenizer.encode(words).ids
+    ends = next((n for n in range(len(ids) + 1) if found(ids[:n])), None)
+    at = words.find(stop)
+    expected = None if at < 0 else len(fallback_codec.tokenizer.encode(words[: at + len(stop)]).ids)
+    assert ends == expected
+
+
+@pytest.fixture(scope="module")
 def chat_codec(model_folders):
     return load_codec(model_folders["chatml"])
 
@@ -337,6 +366,20 @@ def test_save_appends_and_a_conversation_that_went_on_replaces_its_line(tmp_path
         list(talk.respond(line) or ())
     asked = [[m["content"] for m in record["messages"] if m["role"] == "user"] for record in read_jsonl(path)]
     assert asked == [["old"], ["one", "two"], ["one"]]
+
+
+def test_each_file_has_its_own_line_of_a_conversation(tmp_path, folder):
+    one, other, talk = tmp_path / "one.jsonl", tmp_path / "other.jsonl", chat_of(folder)
+    for line in ("first", f"/save {one}", "second", f"/save {other}", "third", f"/save {one}"):
+        list(talk.respond(line) or ())
+    assert [len(record["messages"]) for record in read_jsonl(one)] == [6]
+    assert [len(record["messages"]) for record in read_jsonl(other)] == [4]
+
+
+def test_a_line_that_is_too_long_is_no_question(talk, monkeypatch):
+    monkeypatch.setattr(stage, "MAX_LINE_BYTES", 20)
+    _, err = talk("x" * 21, code=Exit.DATA)
+    assert "<stdin>:1: line longer than 20 bytes" in err
 
 
 @pytest.mark.parametrize("content", [b'{"architectures": []}', b"\x00\x01binary", b'{"messages": 1', b"# Notes\n"])

@@ -209,6 +209,30 @@ def test_transformers_reads_an_export_as_we_do(sft, built, transformers, tmp_pat
     torch.testing.assert_close(row_logits(model_of(folder), ids_of()), expected, atol=1e-5, rtol=0)
 
 
+LEFT_OUT = [
+    ("gpt_neox", "use_parallel_residual", "gptneox.use_parallel_residual", True),
+    ("granite", "logits_scaling", "granite.logit_scale", 1.0),
+    ("granite", "attention_multiplier", "granite.attention.scale", 1.0),
+    ("granite", "embedding_multiplier", "granite.embedding_scale", 1.0),
+    ("granite", "residual_multiplier", "granite.residual_scale", 1.0),
+    ("olmo", "no key at all", "olmo.attention.layer_norm_epsilon", 1e-5),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "field", "value"), LEFT_OUT)
+def test_fields_that_llama_cpp_asks_for_are_there_whatever_config_json_leaves_out(
+    sft, gguf, built, tmp_path, name, key, field, value
+):
+    folder = shutil.copytree(built(name), tmp_path / "folder")
+    config = read_config(folder)
+    config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert sft("export", folder, "--gguf", "f16", "-o", tmp_path / "m.gguf").code == 0
+    assert gguf.GGUFReader(tmp_path / "m.gguf").get_field(field).contents() == pytest.approx(value)
+    assert sft("import", tmp_path / "m.gguf", "-o", tmp_path / "back").code == 0
+    assert torch.equal(row_logits(model_of(tmp_path / "back"), ids_of()), row_logits(model_of(folder), ids_of()))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_llama_cpp_cannot_do_is_refused(sft, built, tmp_path, name):
     result = sft("export", built(name), "--gguf", "f16", "-o", tmp_path / "model.gguf")
@@ -559,6 +583,17 @@ def test_a_default_system_prompt_becomes_SYSTEM():
     assert 'SYSTEM """Be kind."""\n' in modelfile("m.gguf", Template(source, "x", {}), False, [])
     unknown = modelfile("m.gguf", Template("{{ messages[0].content }}", "x", {}), False, [])
     assert "TEMPLATE" not in unknown and unknown.startswith("FROM ./m.gguf\n")
+
+
+def test_text_that_ollama_would_misread_is_quoted_or_left_out():
+    source = "<|im_start|>system\\n" + 'Say """x""".' + "<|im_end|>\\n"
+    of_quotes = (
+        "{% if messages[0].role != 'system' %}" + source + "{% endif %}" + load_template("chatml", None, {}, {}).source
+    )
+    text = modelfile("m.gguf", Template(of_quotes.replace("\\n", "\n"), "x", {}), False, ['a"b', "c\nd", '"""', "e"])
+    assert "SYSTEM" not in text and "# the system prompt" in text
+    assert 'stop """a"b"""\n' in text and 'stop """c\nd"""\n' in text and 'stop "e"\n' in text
+    assert text.count("PARAMETER stop") == 3
 
 
 def test_a_run_is_exported_and_its_vocabulary_must_fit(sft, built, tmp_path):

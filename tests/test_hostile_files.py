@@ -89,6 +89,13 @@ HEADERS = {
 }
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_only_the_file_that_is_damaged_is_told_so(sft, folder, name):
+    (folder / name).write_text("[1]" if name == "tokenizer.json" else "{")
+    found = verdicts(sft("check", folder))
+    assert [file for file, mark in found.items() if mark == "UNSAFE"] == [name]
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_header_that_lies_is_refused(sft, folder, prompts, name):
     assert verdicts(sft("check", folder))[WEIGHTS] == "ok"

@@ -242,6 +242,15 @@ def test_int8_layer_equals_a_float_product_with_the_weights_it_stands_for(rows, 
         assert bool(((found - product).abs() <= error * layer.weight.abs().max() / 2 + 1e-5 * product.abs()).all())
 
 
+@pytest.mark.parametrize("largest", [1e-20, 1e-28, 1e-30, 1e-35])
+def test_int8_products_of_tiny_numbers_are_theirs_or_nearly_nothing(whole_products, largest):
+    layer = linear(4, 3, bias=False)
+    x = largest * torch.tensor([[1.0, 0.5, -0.25, 0.0]])
+    expected = x.double() @ of_whole_numbers(layer.weight.detach()).double().t()
+    error = (Int8Linear([layer])(x).double() - expected).abs().max()
+    assert float(error) <= 4 * (largest / MOST + int8.LEAST) * float(layer.weight.abs().max())
+
+
 def test_int8_products_have_the_same_bits_however_many_rows_there_are(whole_products):
     layer, x = Int8Linear([linear(200, 64)]), torch.randn(64, 200)
     x[5] = 0

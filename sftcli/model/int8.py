@@ -36,8 +36,8 @@ class Int8Linear(nn.Module):
         self.products = make(torch.cat([whole for whole, _ in parts]), torch.cat([scale for _, scale in parts]))
         biases = [layer.bias.data.float() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        # tensors: to make one of a number takes longer than to multiply with it
-        self.least, self.shares = torch.tensor(LEAST), torch.tensor([BASE / MOST, 1 / MOST])[:, None, None]
+        # of a high digit and of a low one; tensors: to make one of a number takes longer than to multiply with it
+        self.least, self.shares = (torch.tensor([BASE * low, low])[:, None, None] for low in (LEAST, 1 / MOST))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.float().reshape(-1, x.shape[-1])  # (T, in)
@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """scale * W x (T, out) of x (T, in), digit by digit."""
         largest = x.abs().amax(-1, keepdim=True)
-        steps = torch.addcmul(self.least, largest, self.shares)  # (2, T, 1), of a high digit and of a low one
+        steps = torch.addcmul(self.least, largest, self.shares)  # (2, T, 1), the first exactly BASE times the second
         digits = torch.div(x, steps)  # (2, T, in)
         high, low = digits.unbind()
         low.add_(high.round_(), alpha=-BASE)

@@ -12,7 +12,7 @@ from typing import Any
 from sftcli import console
 from sftcli.artifacts import text_folder
 from sftcli.errors import DataError, SftError, UsageError
-from sftcli.lines import read_lines
+from sftcli.lines import MAX_LINE_BYTES, read_lines
 from sftcli.model.adapters.peft import apply, open_model
 from sftcli.model.cache import Held
 from sftcli.model.checkpoint import load_trained
@@ -102,7 +102,9 @@ class _Text:
     def add(self, token: int) -> str:
         """The characters that a token completes."""
         self.ids.append(token)
-        return self._up_to(self.codec.decode(self.ids).rstrip(UNFINISHED))
+        text = self.codec.decode(self.ids).rstrip(UNFINISHED)
+        # bytes that begin a character make some decoders take back whole ones before it, until it is whole itself
+        return self._up_to(text) if text.startswith(self.shown) else ""
 
     def rest(self) -> str:
         """What is left at the end."""
@@ -120,7 +122,7 @@ class Chat:
         self.model, self.options, self.system = model, options, system
         self.exchanges: list[Exchange] = []
         self.left_out = 0  # the oldest exchanges, for which the context has no room
-        self.saved = b""  # the line of this conversation in the file that it was saved to
+        self.saved: dict[Path, bytes] = {}  # the line of this conversation in each file that it was saved to
         self.held = Held()  # of the last answer: the next prompt begins like it
 
     def respond(self, line: str) -> Generator[str, None, None] | None:
@@ -142,7 +144,7 @@ class Chat:
                 self.system = text or None
                 _tell(f"system message: {text}" if text else "no system message")
             case "/reset":
-                self.exchanges, self.left_out, self.saved = [], 0, b""
+                self.exchanges, self.left_out, self.saved = [], 0, {}
                 _tell("a new conversation" + ("; the system message stays" if self.system else ""))
             case "/temp":
                 self._set("temperature", text)
@@ -237,7 +239,7 @@ class Chat:
     def _set(self, name: str, text: str) -> None:
         if text:
             self.options = parse(Generate, self.options.model_dump() | {name: text})
-        _tell(f"{name} {getattr(self.options, name):g}")
+        _tell(f"{name} {getattr(self.options, name)}")
 
     def _count(self) -> str:
         if not self.exchanges:
@@ -261,10 +263,10 @@ class Chat:
             if exchange.finish_reason != "stop":
                 message["train"] = False  # it would teach the model to end in the middle
         path, line = Path(file).expanduser(), json_line({"messages": messages})
-        before = _lines_of(path).removesuffix(self.saved)
+        before = _lines_of(path).removesuffix(self.saved.get(path.resolve(), b""))
         with atomic_file(path) as out:
             out.write(before + line)
-        self.saved = line
+        self.saved[path.resolve()] = line
         lines = before.count(b"\n") + 1
         _tell(f"{path} holds {lines:,} conversation{'s' if lines > 1 else ''}")
 
@@ -320,6 +322,8 @@ def _shown(text: str) -> str:
 def _in_a_pipe(talk: Chat) -> None:
     """A line of stdin is a question or a command; a line of stdout is an answer, its line ends written as \\n."""
     for number, line, *_ in read_lines("-"):
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", f"<stdin>:{number}")
         try:
             answer = talk.respond(line.decode().strip())
             if answer is None:
@@ -343,7 +347,7 @@ def _at_a_terminal(talk: Chat) -> None:
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question; Python turns it off
     model, options = talk.model, talk.options
-    sampled = f"temperature {options.temperature:g}" if options.temperature else "greedy"
+    sampled = f"temperature {options.temperature}" if options.temperature else "greedy"
     console.note(f"chat: {model.path}, context {model.context:,} tokens, {sampled}")
     console.note("/help for commands, Ctrl-D ends")
     line = hint = ""

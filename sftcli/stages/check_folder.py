@@ -13,6 +13,7 @@ from sftcli.text.template import Template
 
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 CODE = (".dll", ".dylib", ".py", ".pyc", ".sh", ".so")
+READ_WITH = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")  # others' files
 MARKS = {True: ("ok", "green"), False: ("UNSAFE", "bold red"), None: ("note", "yellow")}
 
 Verdict = tuple[bool | None, str]  # safe, unsafe or unused; what there is to say
@@ -49,7 +50,8 @@ def _verdict(file: Path) -> Verdict:
         if file.suffix == ".jinja":
             return _template(folder_template(file.parent) if file.name == "chat_template.jinja" else None, file)
     except (SftError, OSError) as error:
-        return False, str(error)
+        of_another = any(str(file.parent / name) in str(error) for name in READ_WITH if name != file.name)
+        return None if of_another else False, str(error)
     return None, "not read"
 
 

@@ -150,7 +150,10 @@ def _text_stops(codec: Codec, texts: list[str]) -> TextStops | None:
     tail = TAIL + max(len(text.encode()) for text in texts)
 
     def found(ids: list[int]) -> bool:
-        text = codec.decode(ids[-tail:])
+        start = max(len(ids) - tail, 0)
+        while start and ids[start] in codec.byte_ids:  # bytes are decoded by runs: half of one is no text at all
+            start -= 1
+        text = codec.decode(ids[start:])
         return any(stop in text for stop in texts)
 
     return found

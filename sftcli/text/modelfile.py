@@ -11,6 +11,7 @@ LLAMA3 = (
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 )
 PROBE = [("system", "One."), ("user", "Two?"), ("assistant", "Three."), ("user", "Four?")]
+QUOTES = '"' * 3
 DEFAULT = "\x00"  # stands for a default system prompt, which is found by what surrounds it
 
 
@@ -19,7 +20,13 @@ def modelfile(name: str, template: Template | None, adds_bos: bool, stops: Itera
     lines = [f"FROM ./{name}"]
     if template is not None:
         lines += _template_lines(template, adds_bos)
-    return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops))]) + "\n"
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(stops) if QUOTES not in stop]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As Ollama reads it: three quotes where the text has one, or a line's end."""
+    return f"{QUOTES}{text}{QUOTES}" if '"' in text or "\n" in text else f'"{text}"'
 
 
 def _template_lines(template: Template, adds_bos: bool) -> list[str]:
@@ -44,7 +51,10 @@ def _system_line(template: Template, turn: str, opening: str, bos: str) -> list[
     end = after + turn.format(role="user", text="Two?") + opening
     if found is None or not found.startswith(bos + before) or not found.endswith(end):
         return []
-    return [f'SYSTEM """{found.removeprefix(bos + before).removesuffix(end)}"""']
+    text = found.removeprefix(bos + before).removesuffix(end)
+    if QUOTES in text or text.endswith('"'):
+        return ["# the system prompt of the chat template cannot be written here"]
+    return [f"SYSTEM {QUOTES}{text}{QUOTES}"]
 
 
 def _rendered(template: Template, turns: list[tuple[str, str]]) -> str | None:

@@ -22,6 +22,7 @@ from sftcli.text.words import Starts, words_of
 
 NEAR = 8  # characters behind a hard cut that a pre-tokenizer may look at
 MAX_LEFT_WORDS = 1024
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 WINDOW = 32  # characters on each side of a hard cut that decide whether the tokenizer would merge across it
 
 Encoded = tuple[list[int], list[Segment]]
@@ -104,6 +105,12 @@ class Codec:
         if model.get("type") == "Unigram" and model.get("unk_id") is not None:
             unknown = model["vocab"][model["unk_id"]][0]
         return set(self.controls.values()) - {self.controls.get(unknown)}
+
+    @cached_property
+    def byte_ids(self) -> set[int]:
+        """Ids that stand for single bytes beside others that stand for text (<0x0A>, as Llama 2 has them)."""
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)
+        return {token for text, token in vocabulary.items() if BYTE.fullmatch(text)}
 
     def decode(self, ids: list[int], keep_special: bool = False) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=not keep_special))

@@ -35,6 +35,7 @@ class Architecture:
     causal_class: str
     keys: dict[str, str]
     optional: dict[str, str] = field(default_factory=dict)
+    written: tuple[str, ...] = ()  # fields that llama.cpp asks for and config.json has no key for
     biases: dict[str, str] = field(default_factory=dict)  # a switch of config.json: the tensor whose bias tells it
     fixed: dict[str, Any] = field(default_factory=dict)
     tied: bool = False  # config.json's default
@@ -109,7 +110,7 @@ ARCHITECTURES = [
         rotary="partial_rotary_factor",
     ),
     Architecture(
-        "olmo", "olmo", "OlmoForCausalLM", SIZES, {"attention.clamp_kqv": "clip_qkv"},
+        "olmo", "olmo", "OlmoForCausalLM", SIZES, {"attention.clamp_kqv": "clip_qkv"}, written=(LAYER,),
         fixed={"hidden_act": "silu", "attention_bias": False}, permuted=True,
     ),
     Architecture(

@@ -1,5 +1,6 @@
 """config.json from a GGUF file's fields, and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,13 @@ ATTRIBUTES = {  # of GPTConfig, by fields; config.json may leave some out
     "attention.head_count_kv": "kv_heads",
     "attention.layer_norm_rms_epsilon": "norm_eps",
     "attention.layer_norm_epsilon": "norm_eps",
+}
+DEFAULTS: dict[str, Callable[[GPTConfig], Any]] = {  # where config.json leaves a key out llama.cpp does not know it
+    "use_parallel_residual": lambda gpt: gpt.residual != "sequential",
+    "attention.scale": lambda gpt: gpt.attention_scale,
+    "embedding_scale": lambda gpt: gpt.embedding_scale,
+    "residual_scale": lambda gpt: gpt.residual_scale,
+    "logit_scale": lambda gpt: 1 / gpt.logit_scale,
 }
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 GEMMA3_PERIOD = 6  # the last of six layers sees all
@@ -123,8 +131,12 @@ def write_config(one: Architecture, config: dict[str, Any], gpt: GPTConfig) -> t
     for key, name in one.keys.items():
         fields[key] = config[name] if config.get(name) is not None else getattr(gpt, ATTRIBUTES[key])
     for key, name in one.optional.items():
-        if config.get(name) is not None:
-            fields[key] = config[name]
+        value = config.get(name)
+        if value is None and key in DEFAULTS:
+            value = DEFAULTS[key](gpt)
+        if value is not None:
+            fields[key] = value
+    fields |= {key: getattr(gpt, ATTRIBUTES[key]) for key in one.written}
     if one.head_dim:
         fields |= {"attention.key_length": gpt.head_dim, "attention.value_length": gpt.head_dim}
     fields = {f"{one.name}.{key}": _typed(key, value) for key, value in fields.items()}
