@@ -40,6 +40,12 @@ def console(stderr: bool = True) -> "Console":
     return Console(stderr=stderr, highlight=False, no_color=plain or None, soft_wrap=True)
 
 
+def tell_of_waiting(path: str) -> None:
+    """Say that a stage reads what is typed: a file may have been forgotten."""
+    if path == "-" and sys.stdin is not None and sys.stdin.isatty():
+        note("reading from the terminal: a JSON object a line, Ctrl-D ends; or name a FILE")
+
+
 def note(text: str) -> None:
     """One line of talk on stderr; on a terminal the stage that talks (`mask: ...`) is coloured."""
     if QUIET or RANK:

@@ -74,6 +74,8 @@ def _other_format(line: bytes, where: str) -> str | None:
     path, _, number = where.rpartition(":")
     if number != "1":
         return None
+    if path.endswith(".safetensors"):
+        return "rows of `sft mask`? `sft train`, `sft evaluate` and `sft show` read them"
     read = next((call for start, end, call in TABLES if line.startswith(start) and path.endswith(end)), None)
     if read:
         return f"`pandas.{read.format(path)}.to_json('NEW.jsonl', orient='records', lines=True)` makes lines of it"

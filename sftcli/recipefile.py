@@ -97,7 +97,8 @@ def _explained(error: ValidationError, kind: type[Options], section: str, source
             place = ".".join([*path.split(".")[:-1], "kind"])
             return UsageError(f"{start}{path}: unknown key of this kind", hint=f"{place}: {owner} has it")
         names = sorted({name for k in kinds for name in k.model_fields})
-        near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.6)
+        inside = [place for k in kinds for place in _places_of(str(loc[-1]), k)]
+        near = inside[:1] or difflib.get_close_matches(str(loc[-1]), names, 1, 0.6)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
         return UsageError(f"{start}{path}: unknown key", hint=hint)
     if first["type"] in ("literal_error", "union_tag_invalid"):
@@ -110,6 +111,16 @@ def _explained(error: ValidationError, kind: type[Options], section: str, source
     reason = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
     return UsageError(f"{start}{path + ': ' if path else ''}{reason[0].lower() + reason[1:]}{given}")
+
+
+def _places_of(name: str, kind: type[Options]) -> list[str]:
+    """Where the sections inside of a class of options have a key: `optimizer.lr`, `train.optimizer.lr`."""
+    found = []
+    for field, info in kind.model_fields.items():
+        for section in _sections(info.annotation):
+            found += [f"{field}.{name}"] if name in section.model_fields else []
+            found += [f"{field}.{place}" for place in _places_of(name, section)]
+    return found
 
 
 def _sections(annotation: Any) -> list[type[Options]]:

@@ -14,6 +14,7 @@ import msgspec
 from sftcli.errors import Exit, SftError, UsageError
 from sftcli.reading import ERROR_FIELD, read_json
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 PIPE_BYTES = 1 << 20  # the most that Linux gives to everybody
 LEFTOVERS = (".tmp-", ".old-")  # how names begin that a killed process leaves half-written and half-deleted
 
@@ -177,11 +178,23 @@ def open_output(path: str | None, inputs: Iterable[str] = ()) -> Iterator[IO[byt
     except OSError as error:
         raise cannot_write("standard output", error) from None
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        code = error.code if isinstance(error, SftError) else Exit.FAILURE
-        with suppress(OSError):
-            out.write(json_line({ERROR_FIELD: {"code": int(code), "message": str(error) or type(error).__name__}}))
-            out.flush()
+        if not out.isatty():  # a person reads the error itself
+            with suppress(OSError):
+                out.write(json_line({ERROR_FIELD: {"code": _code_of(error), "message": _told(error)}}))
+                out.flush()
         raise
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit code that the process will have."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    code = error.code if isinstance(error, SftError | SystemExit) else None
+    return code if isinstance(code, int) else Exit.FAILURE
+
+
+def _told(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
 
 
 def _widen_pipe(out: IO[bytes]) -> None:

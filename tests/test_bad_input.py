@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, Pipe, chat, run_in_process, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sftcli import console
+from sftcli.signals import Terminated
 from sftcli.writing import open_output
 
 GOOD = chat("q", "a")
@@ -213,8 +216,11 @@ def test_an_init_that_fails_says_which_line(sft, lines, tmp_path):
 
 def test_output_that_cannot_be_written_exits_6(sft, lines, base, tmp_path):
     data = lines(GOOD)
-    for args in (("tokenize", data, "-m", base), ("mask", lines(DOCUMENT, name="d.jsonl"))):
-        for name in ("none/out.jsonl", "none/out.safetensors"):
+    for args, names in (
+        (("tokenize", data, "-m", base), ["none/out.jsonl"]),
+        (("mask", lines(DOCUMENT, name="d.jsonl")), ["none/out.jsonl", "none/out.safetensors"]),
+    ):
+        for name in names:
             result = sft(*args, "-o", tmp_path / name)
             assert result.code == 6 and f"cannot write {tmp_path}/{name}: No such file" in result.err
             assert "Traceback" not in result.err
@@ -308,18 +314,69 @@ def test_control_characters_in_data_do_not_reach_the_terminal(sft, lines, base):
     assert "\\x1b[31m\\x07\\u202ex" in reached
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyboardInterrupt()])
-def test_an_error_that_nobody_foresaw_still_tells_the_next_stage(monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, code, told",
+    [
+        (ZeroDivisionError("by zero"), 1, "by zero"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(signal.SIGTERM), 143, "ended by SIGTERM"),
+    ],
+)
+def test_an_error_that_nobody_foresaw_still_tells_the_next_stage(monkeypatch, error, code, told):
     out = Pipe()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
     with pytest.raises(type(error)), open_output(None) as file:
         file.write(b"{}\n")
         raise error
-    told = str(error) or type(error).__name__
     assert [json.loads(line) for line in out.getvalue().splitlines()] == [
         {},
-        {"sft_error": {"code": 1, "message": told}},
+        {"sft_error": {"code": code, "message": told}},
     ]
+
+
+def test_a_person_reads_an_error_once(monkeypatch):
+    out = Pipe()
+    out.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
+    with pytest.raises(ZeroDivisionError), open_output(None):
+        raise ZeroDivisionError
+    assert out.getvalue() == b""
+
+
+def test_a_model_that_cannot_answer_tells_the_next_stage(sft, base, lines):
+    result = sft("generate", lines({"prompt": "q"}), "-m", base)
+    assert result.code == 5 and result.rows == [{"sft_error": {"code": 5, "message": f"{base} has no weights yet"}}]
+
+
+def test_files_of_another_stage_are_told_apart(sft, base, lines, tmp_path):
+    tokens = write_lines(tmp_path / "t.jsonl", sft("tokenize", lines(chat("q", "a")), "-m", base).out)
+    rows = tmp_path / "rows.safetensors"
+    assert sft("mask", tokens, "-o", rows).code == 0
+    before = rows.read_bytes()
+    for command in (("tokenize", rows, "-m", base), ("mask", rows)):
+        result = sft(*command)
+        assert result.code == 3 and "hint: rows of `sft mask`? `sft train`" in result.err
+    result = sft("tokenize", lines(chat("q", "a")), "-m", base, "-o", rows)
+    assert result.code == 2 and "documents are JSON lines" in result.err and rows.read_bytes() == before
+    result = sft("mask", tokens, "--seq-len", 8)
+    assert result.code == 2 and "hint: --format neox, or --max-length" in result.err
+    result = sft("train", f"{rows}*-1", "-m", base, "-o", tmp_path / "run")
+    assert result.code == 2 and "this is no weight; hint: FILE*0.3 or FILE#500" in result.err
+
+
+def test_a_key_of_a_section_inside_is_named_with_it(sft):
+    for setting, told in (("lr=1", "optimizer.lr"), ("rank=1", "adapter.rank"), ("warmup=0.1", "schedule.warmup")):
+        result = sft("train", "x", "-m", "y", "--set", setting)
+        assert result.code == 2 and f"unknown key; hint: did you mean {told}?" in result.err
+
+
+def test_whoever_waits_for_a_person_says_so(sft, base, monkeypatch):
+    monkeypatch.setattr("sftcli.console.sys.stdin", SimpleNamespace(isatty=lambda: True))
+    notes = []
+    monkeypatch.setattr("sftcli.console.note", notes.append)
+    for path in ("-", "data.jsonl"):
+        console.tell_of_waiting(path)
+    assert notes == ["reading from the terminal: a JSON object a line, Ctrl-D ends; or name a FILE"]
 
 
 json_values = st.recursive(

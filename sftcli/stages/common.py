@@ -9,7 +9,7 @@ from typing import IO
 import msgspec
 
 from sftcli.artifacts import text_folder
-from sftcli.console import note, warn
+from sftcli.console import note, tell_of_waiting, warn
 from sftcli.errors import CheckpointError, DataError, UsageError
 from sftcli.lines import name_of, read_lines
 from sftcli.reading import PreviousStageFailed, line_fields
@@ -89,6 +89,7 @@ def read_lines_of(paths: Sequence[str]) -> Iterator[Input]:
     """(file:line, line, its fields, whether the input pauses after it) of several JSONL inputs; a line that is not an
     object comes as its error."""
     for path in paths:
+        tell_of_waiting(path)
         for number, line, last, pause in read_lines(path):
             where = f"{name_of(path)}:{number}"
             try:

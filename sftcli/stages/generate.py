@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sftcli import artifacts, console
 from sftcli.errors import UsageError
@@ -45,6 +45,11 @@ class Summary:
 
 def complete(options: Generate, source: str, model: str, output: str | None, show_batch: bool = False) -> Summary:
     """Run the stage."""
+    with open_output(output, [source]) as out:
+        return _complete(options, source, model, out, show_batch)
+
+
+def _complete(options: Generate, source: str, model: str, out: IO[bytes], show_batch: bool) -> Summary:
     folder, adapters = _models(options, model)
     words = _words_of(model, options)
     codec = codec_for(words, None, options.special_in_content)
@@ -70,7 +75,7 @@ def complete(options: Generate, source: str, model: str, output: str | None, sho
             return fill(network, group, options, cloze.marks.mask)
         return in_order(generate(network, group, options, stops, _text_stops(codec, texts)))
 
-    with open_output(output, [source]) as out, console.live() as line, engine.autocast():
+    with console.live() as line, engine.autocast():
         counter = console.Counter(line, "generate")
         for name, adapter in adapters:
             asking = deque(prompts.asked) if len(adapters) > 1 else prompts.asked

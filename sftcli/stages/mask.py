@@ -105,6 +105,8 @@ def _refuse(options: Mask, to_columns: bool, to_index: bool) -> None:
         raise UsageError("a .bin file holds whole documents of GPT-NeoX", hint="--format neox, without --seq-len")
     if options.format == "neox" and not (options.seq_len or to_index):
         raise UsageError("--format neox needs --seq-len N, or -o NAME.bin")
+    if options.seq_len and options.format != "neox":
+        raise UsageError("--seq-len is the length of GPT-NeoX's rows", hint="--format neox, or --max-length")
     if options.format != "rows" and to_columns:
         raise UsageError(f"--format {options.format} is written as JSON lines", hint="choose another -o")
     if isinstance(options.objective, Causal):

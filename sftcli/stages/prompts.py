@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from sftcli import console
 from sftcli.errors import DataError, SftError
 from sftcli.model.growth import Blanks, Prompt
 from sftcli.reading import decode_json
@@ -68,6 +69,7 @@ class Prompts:
         self.speaker, self.wanted, self.vocabulary = Speaker(template, codec.ends), template.wanted, vocabulary
         self.asked: deque[Asked] = deque()
         self.read = 0  # lines
+        self.shapes: set[str] = set()
         self._unread: list[SftError] = []
         self._failed: list[SftError] = []  # of lines before the one that could not be read
 
@@ -97,6 +99,9 @@ class Prompts:
 
     def _record(self, line: bytes, fields: dict[str, msgspec.Raw], where: str, pause: bool) -> _Record:
         record = read_record(renamed(fields, self.options.columns, where), where, self.read, self.wanted)
+        if record.shape not in self.shapes:
+            console.note(f"{where}: reading as {record.shape}")
+            self.shapes.add(record.shape)
         if record.shape == "tokens":
             document, weights = pretokenized.read(line, fields, where, self.read)
             starts = [t for t, weight in enumerate(weights or ()) if weight]

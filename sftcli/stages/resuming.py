@@ -151,6 +151,8 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> bool:
             hint += ", or --set allow_data_change=true" if name in DATA else ""
             option = name.removeprefix("options.")
             changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
+            if option != name and "what they were" not in hint:
+                hint = f"give the options what they were, or {hint}"
     if changed:
         raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint=hint)
     return other_data

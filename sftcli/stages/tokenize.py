@@ -15,6 +15,7 @@ import msgspec
 from sftcli import console
 from sftcli.errors import DataError, SftError, UsageError
 from sftcli.recipe import Tokenize
+from sftcli.rowfile import is_row_file
 from sftcli.rows import REASONING, RESERVED, Document, encode_document
 from sftcli.stages.common import (
     LULL,
@@ -93,6 +94,9 @@ def tokenize(options: Tokenize, model: str | None, output: str | None) -> Summar
     """Run the stage: read every input, write documents, tell on stderr what was done."""
     if not options.data:
         raise UsageError("no data", hint="sft tokenize FILE... -m MODEL, or - for standard input")
+    if output and is_row_file(output):
+        told = f"-o {output}: documents are JSON lines"
+        raise UsageError(told, hint="-o NAME.jsonl; `sft mask -o NAME.safetensors` writes such files")
     summary = Summary()
     with (
         open_output(output, options.data) as out,

@@ -96,8 +96,9 @@ def _begun(
         for place in (run, run / artifacts.CHECKPOINTS):
             writing.remove_leftovers(place)
     with open_rows(source, run, world) as (rows, where, inputs):
+        if len(rows):
+            check_tokenizer(rows[0].tokenizer, codec.hash, where)
         check_rows(rows, shortened(folder.config, options.adapter), where)
-        check_tokenizer(rows[0].tokenizer, codec.hash, where)
         job = make_job(options, folder, run, rows, where, codec, inputs, world)
         done = job.outcome.steps = begin(job, resumed)
     return job, where, done

@@ -138,6 +138,8 @@ def open_rows(
 
 def _collect(inputs: list[Input], run: Path) -> list[int]:
     """Write the rows of all inputs into one file; returns how many each of them has."""
+    for item in inputs:
+        console.tell_of_waiting(item.path)
     counts = [0] * len(inputs)
     tokenizers: set[str | None] = set()
     templates: set[str | None] = set()
