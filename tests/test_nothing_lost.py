@@ -103,6 +103,14 @@ def test_init_does_not_write_over_a_model_with_weights(sft, made):
     assert content(made) == before
 
 
+def test_init_in_the_place_of_another_tokenizer_says_so(sft, lines, tmp_path):
+    sizes = ("--set", "layers=1", "--set", "heads=2", "--set", "width=16", "-o", tmp_path / "base")
+    warning = "warning: init: {} held another tokenizer".format(tmp_path / "base")
+    for texts, told in (("abab", False), ("abab", False), ("cdcd", True)):
+        result = sft("init", lines(chat(texts, texts)), "--vocab-size", 300, *sizes)
+        assert result.code == 0 and (warning in result.err) == told
+
+
 def test_a_finished_run_is_replaced_only_where_that_is_asked_for(sft, made, tmp_path):
     command = [
         "train",

@@ -34,6 +34,9 @@ def init(options: Init, output: str) -> None:
         definition = _tokenizer(options, template, controls["controls"], controls.get("tags", []))
         codec = Codec(definition, "the new tokenizer", specials)
         config = huggingface_config(options, codec, specials)
+        before = folder / "tokenizer.json"
+        if before.is_file() and before.read_bytes() != definition:
+            console.warn(f"init: {folder} held another tokenizer: tokens and rows made with that do not fit this one")
         for name, content in (("tokenizer.json", definition), ("chat_template.jinja", template.source.encode())):
             with atomic_file(folder / name) as file:
                 file.write(content)
