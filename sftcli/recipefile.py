@@ -98,8 +98,8 @@ def _explained(error: ValidationError, kind: type[Options], section: str, source
             return UsageError(f"{start}{path}: unknown key of this kind", hint=f"{place}: {owner} has it")
         names = sorted({name for k in kinds for name in k.model_fields})
         inside = [place for k in kinds for place in _places_of(str(loc[-1]), k)]
-        near = inside[:1] or difflib.get_close_matches(str(loc[-1]), names, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+        near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.6) or list(dict.fromkeys(inside))
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(names)}"
         return UsageError(f"{start}{path}: unknown key", hint=hint)
     if first["type"] in ("literal_error", "union_tag_invalid"):
         context: dict[str, Any] = first["ctx"]

@@ -175,9 +175,9 @@ def open_output(path: str | None, inputs: Iterable[str] = ()) -> Iterator[IO[byt
         out.flush()
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise cannot_write("standard output", error) from None
     except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, OSError) and error.filename is None:  # no file's: the output's
+            raise cannot_write("standard output", error) from None
         if not out.isatty():  # a person reads the error itself
             with suppress(OSError):
                 out.write(json_line({ERROR_FIELD: {"code": _code_of(error), "message": _told(error)}}))

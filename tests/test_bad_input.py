@@ -334,6 +334,14 @@ def test_an_error_that_nobody_foresaw_still_tells_the_next_stage(monkeypatch, er
     ]
 
 
+def test_an_error_of_an_input_is_not_said_of_the_output(monkeypatch):
+    out = Pipe()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
+    with pytest.raises(PermissionError, match="config"), open_output(None):
+        raise PermissionError(13, "Permission denied", "locked/config.json")
+    assert json.loads(out.getvalue())["sft_error"]["code"] == 1
+
+
 def test_a_person_reads_an_error_once(monkeypatch):
     out = Pipe()
     out.isatty = lambda: True

@@ -171,6 +171,11 @@ def test_documents_are_prompts_up_to_the_last_turn_of_the_model(folder, tmp_path
     of_document = answer(folder, write_jsonl(tmp_path / "d.jsonl", [document]), tmp_path)
     of_prompt = answer(folder, write_jsonl(tmp_path / "p.jsonl", [{"id": "d", "input_ids": [5, 6, 7]}]), tmp_path)
     assert of_document[0]["completion_ids"] == of_prompt[0]["completion_ids"]
+    asks = document | {"segments": [*document["segments"][:3], [3, 5, "user", False, 1.0]]}  # the last word
+    text = document | {"segments": [[0, 5, "text", True, 1.0]]}  # all of it is the model's
+    found = answer(folder, write_jsonl(tmp_path / "d.jsonl", [asks, text]), tmp_path)
+    whole = answer(folder, write_jsonl(tmp_path / "p.jsonl", [{"id": "d", "input_ids": [5, 6, 7, 8, 9]}]), tmp_path)
+    assert [line["completion_ids"] for line in found] == [whole[0]["completion_ids"]] * 2
 
 
 def test_stop_token_by_name_ends_a_row(folder, prompts, tmp_path):

@@ -250,6 +250,11 @@ def test_a_device_that_is_not_there_to_generate_on_is_told_before_the_training(s
     assert not (made / "without" / "model").exists() and "tokens/s" not in result.err
 
 
+def test_a_generate_section_without_prompts_is_asked_for_nothing(made, monkeypatch):
+    monkeypatch.chdir(made)
+    _refuse(parse(Recipe, read_yaml_text("generate: {template: nope}")))
+
+
 @pytest.mark.parametrize(
     "second, columns",
     [

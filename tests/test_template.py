@@ -536,6 +536,11 @@ def test_a_token_that_closes_the_last_turn_alone_is_not_its_end():
     assert ends_of(source, {"role": "assistant", "content": "yes"}) == ["yes<|im_end|>"]
 
 
+def test_a_turn_ends_before_a_marker_of_the_next_that_its_template_writes():
+    source = LOOP + "{{ message.content }}{% if message.role == 'assistant' %}<|im_end|><call>{% endif %}{% endfor %}"
+    assert ends_of(source, {"role": "assistant", "content": "yes"}) == ["yes<|im_end|>"]
+
+
 def test_a_call_ends_alike_where_the_template_drops_what_came_before_it():
     source = (
         LOOP

@@ -49,7 +49,7 @@ def input_of(text: str) -> Input:
     """Read an argument; a file whose name looks like a weight is that file. Raises UsageError."""
     found = None if os.path.exists(text) else WEIGHT.fullmatch(text)
     if not found:
-        if not os.path.exists(text) and any(os.path.exists(text.rpartition(sign)[0]) for sign in "*#"):
+        if not os.path.exists(text) and any(os.path.isfile(text.rpartition(sign)[0]) for sign in "*#"):
             raise UsageError(f"{text}: this is no weight", hint="FILE*0.3 or FILE#500")
         return Input(text)
     number = float(found["share"] or found["rows"])

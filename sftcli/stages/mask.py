@@ -199,6 +199,7 @@ def _made(options: Mask, maker: Maker, read: Iterator[Read], rejects: Rejects, s
     seen: set[bytes] = set()
     for item in read:
         reasons: list[str] = []
+        before = summary.kept
         try:
             for made in maker(item.document, item.given):
                 try:
@@ -212,7 +213,7 @@ def _made(options: Mask, maker: Maker, read: Iterator[Read], rejects: Rejects, s
         summary.dropped.update(reasons)
         for reason in reasons:
             summary.first_dropped.setdefault(reason, item.where)
-        if reasons and rejects.path:
+        if reasons and rejects.path and summary.kept == before:  # else a part of it would be trained twice
             rejects.add(DataError(reasons[0], item.where), item.line)
 
 

@@ -20,7 +20,7 @@ from sftcli.text import pretokenized
 from sftcli.text.objectives.blank_infilling import Filler
 from sftcli.text.objectives.masked_lm import Cloze
 from sftcli.text.records import read_record, renamed
-from sftcli.text.speaker import Rendered, Speaker
+from sftcli.text.speaker import SCAFFOLD, Rendered, Speaker
 from sftcli.text.template import Template
 from sftcli.text.tokenizer import Codec
 
@@ -105,8 +105,8 @@ class Prompts:
         if record.shape == "tokens":
             document, weights = pretokenized.read(line, fields, where, self.read)
             starts = [t for t, weight in enumerate(weights or ()) if weight]
-            if "segments" in fields:  # a document: its last turn is to be answered
-                starts = [turn.start for turn in own_turns(decode_json(line, where, Document).segments)][-1:]
+            if "segments" in fields:
+                starts = _answered(decode_json(line, where, Document))
             end = next(iter(starts), len(document.input_ids))
             return _Record(where, fields, None, record.id, document.input_ids[:end], pause)
         if isinstance(self.filler, Filler) and record.shape == "text":  # its end is seen by what fills it, too
@@ -150,6 +150,13 @@ class Prompts:
                 raise result
             else:
                 yield result[0][0]
+
+
+def _answered(document: Document) -> list[int]:
+    """Where the turn begins that a document ends with: it is the answer; none where somebody else speaks last."""
+    turns = own_turns(document.segments)[-1:]
+    ends = max((segment.end for segment in document.segments if segment.role != SCAFFOLD), default=0)
+    return [turn.start for turn in turns if turn.start and turn.end == ends]
 
 
 def first_of(groups: Iterator[Iterator[Prompt]], size: int) -> tuple[list[Prompt], Iterator[Iterator[Prompt]]]:

@@ -54,7 +54,7 @@ def _refuse(recipe: Recipe) -> None:
     for path in named:
         if path and path != "-" and not Path(path).exists():
             raise UsageError(f"there is no {path}", hint="paths in a recipe start where `sft run` is called")
-    if recipe.generate:
+    if recipe.generate and asked:
         _refuse_generate(recipe.generate)
     if recipe.evaluate and recipe.generate and not asked:
         raise UsageError("`evaluate` needs prompts", hint="`generate: {prompts: FILE}`")
@@ -203,8 +203,9 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     from sftcli.model.training import choose_engine
     from sftcli.stages.train import start
 
-    if recipe.generate:
-        choose_engine(recipe.generate.device, recipe.generate.dtype)  # refused now, not when all is trained
+    asks = recipe.generate
+    if asks and asks.prompts and asks.device != "auto":
+        choose_engine(asks.device, asks.dtype)  # refused now, not when all is trained
     unfinished = bool(checkpoints(folder)) and not stage.complete()  # killed anywhere before it was recorded
     start(recipe.train, [str(folder / ROWS)], str(base), str(folder), resumed=unfinished, overwrite=True)
     for name in (COMPLETIONS, EVALUATION):  # of the model before

@@ -196,14 +196,14 @@ class Speaker:
         """After the special token behind the words of message i; without one, the end of the text.
 
         Of several, those count that stay where the conversation goes on (Phi 3 closes the last turn alone with
-        another): eos among them, else the last (before it, marks of calls may be special tokens, too)."""
+        another): eos among them, else the first, of a turn that calls the last (marks of calls may be special, too)."""
         found = list(self.ends.finditer(text, said)) if self.ends else []
         if len(found) < 2:
             return found[0].end() if found else len(text)
         kept = self._kept(conversation, i, text, said)
         staying = [match for match in found if match.end() <= kept]
         eos = self.template.specials.get("eos_token")
-        likely = staying[-1] if staying else found[0]
+        likely = staying[-1] if staying and conversation.messages[i].get("tool_calls") else found[0]
         return next((match for match in staying or found if match[0] == eos), likely).end()
 
     def _kept(self, conversation: Conversation, i: int, text: str, said: int) -> int:
