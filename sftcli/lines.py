@@ -55,6 +55,12 @@ def _opened(path: str) -> Iterator[io.BufferedReader]:
             raw.close()
 
 
+def refuse_too_long(line: bytes, where: str) -> None:
+    """Raises DataError: of such a line `read_lines` gives only as much as shows that."""
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", where)
+
+
 def read_lines(path: str) -> Iterator[Line]:
     """Every line that is not blank, of a file or of stdin for `-`; .gz and .zst are known by their content.
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sftcli.errors import CheckpointError, DataError
-from sftcli.lines import MAX_DEPTH, MAX_LINE_BYTES, deeper_than, name_of, read_lines
+from sftcli.lines import MAX_DEPTH, deeper_than, name_of, read_lines, refuse_too_long
 
 ERROR_FIELD = "sft_error"  # a stage that fails ends its stdout with this line; the next stage refuses it
 BYTE = re.compile(r" \(byte (\d+)\)$")  # how msgspec says where, from 0
@@ -45,8 +45,7 @@ def line_fields(line: bytes, where: str, last: bool = False) -> dict[str, msgspe
     """The fields of one JSON line, undecoded. Raises DataError; PreviousStageFailed for another stage's error line.
 
     `last`: no newline came after it, so that it may have been cut off."""
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", where)
+    refuse_too_long(line, where)
     try:
         line.decode()  # msgspec takes any bytes inside a Raw, and unknown fields pass through
         fields: dict[str, msgspec.Raw] = decode_json(line, where, dict[str, msgspec.Raw])

@@ -377,7 +377,7 @@ def test_each_file_has_its_own_line_of_a_conversation(tmp_path, folder):
 
 
 def test_a_line_that_is_too_long_is_no_question(talk, monkeypatch):
-    monkeypatch.setattr(stage, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr("sftcli.lines.MAX_LINE_BYTES", 20)
     _, err = talk("x" * 21, code=Exit.DATA)
     assert "<stdin>:1: line longer than 20 bytes" in err
 

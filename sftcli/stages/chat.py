@@ -12,7 +12,7 @@ from typing import Any
 from sftcli import console
 from sftcli.artifacts import text_folder
 from sftcli.errors import DataError, SftError, UsageError
-from sftcli.lines import MAX_LINE_BYTES, read_lines
+from sftcli.lines import read_lines, refuse_too_long
 from sftcli.model.adapters.peft import apply, open_model
 from sftcli.model.cache import Held
 from sftcli.model.checkpoint import load_trained
@@ -322,8 +322,7 @@ def _shown(text: str) -> str:
 def _in_a_pipe(talk: Chat) -> None:
     """A line of stdin is a question or a command; a line of stdout is an answer, its line ends written as \\n."""
     for number, line, *_ in read_lines("-"):
-        if len(line) > MAX_LINE_BYTES:
-            raise DataError(f"line longer than {MAX_LINE_BYTES} bytes", f"<stdin>:{number}")
+        refuse_too_long(line, f"<stdin>:{number}")
         try:
             answer = talk.respond(line.decode().strip())
             if answer is None:

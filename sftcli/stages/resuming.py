@@ -140,7 +140,7 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> bool:
     Returns whether the data is another, which was asked for."""
     options = resume.known_options(before["options"])
     before = job.settings | before | {"options": {name: options.get(name) for name in job.settings["options"]}}
-    other_data, changed, hint = False, [], "start a new run with another -o"
+    other_data, changed, ways = False, [], ["start a new run with another -o"]
     for name, how in resume.differences(before, job.settings):  # what is newer than the checkpoint is as it was
         if name in ("threads", "processes", "torch", *HOW):
             console.warn(f"train: {name} {how}: the run goes on, but not bit for bit")
@@ -148,12 +148,14 @@ def _compare_settings(job: Job, before: dict[str, Any]) -> bool:
             console.warn(f"train: the {name} changed ({how}): the run goes on with them")
             other_data = True
         else:
-            hint += ", or --set allow_data_change=true" if name in DATA else ""
             option = name.removeprefix("options.")
             changed.append(f"{option} {how}" if option != name else f"the {name} changed ({how})")
-            if option != name and "what they were" not in hint:
-                hint = f"give the options what they were, or {hint}"
+            if option != name:
+                ways = ["give the options what they were", *ways]
+            elif name in DATA:
+                ways = [*ways, "--set allow_data_change=true"]
     if changed:
+        hint = ", or ".join(dict.fromkeys(ways))
         raise UsageError(f"cannot resume {job.run}: {'; '.join(changed)}", hint=hint)
     return other_data
 

@@ -196,8 +196,9 @@ def _train(recipe: Recipe, folder: Path, model: str) -> None:
     inputs += [recipe.train.eval_data] if recipe.train.eval_data else []
     stage = _Stage(folder, "train", _settings(recipe.train), inputs, [MODEL, ADAPTER])  # one of them is not there
     if stage.unchanged():
-        if recipe.train.adapter:  # the same base may lie elsewhere by now
-            writing.update_json(folder / RUN, {"base": str(base.resolve())})
+        place = str(base.resolve())
+        if recipe.train.adapter and reading.read_json(folder / RUN).get("base") != place:  # it has moved
+            writing.update_json(folder / RUN, {"base": place})
         return
     from sftcli.manifest import checkpoints
     from sftcli.model.training import choose_engine

@@ -35,10 +35,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, controls: list[str], tags: 
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=_added(controls),
-        initial_alphabet=alphabet,
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=_added(controls), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return with_tags(tokenizer, tags)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, gemma
-from sftcli.model.families.config import activation, layer_types, limit, positive, sizes, windows
+from sftcli.model.families.config import layer_types, limit, positive, sizes, windows
 from sftcli.model.families.llama import ATTENTION, MLP, OUTSIDE, SANDWICH
 from sftcli.model.gpt import GPTConfig
 
@@ -12,7 +12,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     found = sizes(config, context=8192, kv_heads=4, head_dim=256)
     default = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(found["layers"])]
     return GPTConfig(
-        **gemma.switches(config, found, activation(config, "hidden_activation", "gelu_pytorch_tanh")),
+        **gemma.switches(config, found),
         placement="sandwich",
         windows=windows(config, layer_types(config, found["layers"], default), default=4096),
         attention_scale=positive(config, "query_pre_attn_scalar", 256) ** -0.5,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sftcli.model.families import Family, gemma
-from sftcli.model.families.config import activation, layer_types, limit, positive, refuse, size, sizes, windows
+from sftcli.model.families.config import layer_types, limit, positive, refuse, size, sizes, windows
 from sftcli.model.families.llama import ATTENTION, MLP, OUTSIDE, QK_NORMS, SANDWICH
 from sftcli.model.families.ropes import reach, read_rope_of
 from sftcli.model.gpt import GPTConfig
@@ -23,7 +23,7 @@ def read_config(config: dict[str, Any]) -> GPTConfig:
     }
     refuse(config, attn_logit_softcapping=(None,))  # transformers keeps the key and caps nothing
     one_rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": None}  # read above
-    common = gemma.switches(config | one_rope, found, activation(config, "hidden_activation", "gelu_pytorch_tanh")) | {
+    common = gemma.switches(config | one_rope, found) | {
         "context": reach(ropes["full_attention"], found["context"]),
         "ropes": tuple(ropes[kind] for kind in kinds),
     }
