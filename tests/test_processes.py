@@ -473,6 +473,7 @@ def test_rows_come_through_a_pipe_and_their_error_is_said_once(small):
         done = subprocess.run([sys.executable, "-m", "sftcli", *command], stdin=file, capture_output=True, env=environment, timeout=90)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(b"received 12 rows") == 1
+    command.append("--overwrite")  # the run is finished
     done = subprocess.run([sys.executable, "-m", "sftcli", *command], input=b'{"id": 1', capture_output=True, env=environment, timeout=90)  # fmt: skip
     assert done.returncode == Exit.DATA
     assert done.stderr.count(b"error:") == 1 and b"<stdin>:1" in done.stderr
